@@ -1,0 +1,24 @@
+"""Limbeck turns large language models into small, fast ones, and proves what was gained.
+
+Importing the package is light: nothing of torch or transformers is loaded. As soon as transformers' Auto classes are
+loaded, by whoever, Limbeck's student model is registered with them, so that
+`AutoModelForCausalLM.from_pretrained(folder)` works after `import limbeck`.
+"""
+
+from wrapt import when_imported
+
+__version__ = "0.1.0"
+
+
+@when_imported("transformers.models.auto.configuration_auto")
+def _register_config(_module: object) -> None:
+    from limbeck.models.config import register_config
+
+    register_config()
+
+
+@when_imported("transformers.models.auto.modeling_auto")
+def _register_model(_module: object) -> None:
+    from limbeck.models.hybrid import register_model
+
+    register_model()

@@ -1,0 +1,293 @@
+"""From the words of a recipe to objects. The pipeline and this file alone know what a recipe is."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck.core.errors import CheckpointError, RecipeError
+from limbeck.core.files import read_json, write_atomic, write_json
+from limbeck.core.runtime import derive_seed, is_main, seed_everything
+from limbeck.core.types import Batch
+from limbeck.data.order import Mixture
+from limbeck.data.text import TextSource, read_documents
+from limbeck.data.windows import cached_windows
+from limbeck.models.flops import forward_flops_per_token
+from limbeck.models.surgery import find_attention
+from limbeck.models.teacher import LoadedTeacher, load_teacher
+from limbeck.models.tokenizers import encoder, tokenizer_fingerprint, train_tokenizer
+from limbeck.recipe import Recipe
+from limbeck.recipe_io import dump_recipe
+from limbeck.recipe_stages import Stage, TuneStage
+from limbeck.train.stages import AlignLesson, LogitLesson
+from limbeck.train.trainer import StageSettings
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One training phase: its recipe stage, its settings, and the layers an `align` phase trains (None = all)."""
+
+    spec: Any
+    settings: StageSettings
+    layers: tuple[int, ...] | None = None
+
+
+def claim_run_folder(folder: Path, recipe: Recipe) -> None:
+    """Make a run folder this recipe's own, or see that it already is.
+
+    Raises: CheckpointError when the folder holds a run of another recipe, naming what differs.
+    """
+    content = recipe.model_dump(mode="json")
+    content["runtime"] = {key: value for key, value in content["runtime"].items() if key in _BINDING_RUNTIME}
+    marker = folder / "recipe.json"
+    if marker.exists():
+        before = read_json(marker)
+        if before != content:
+            changed = ", ".join(sorted(_differences(before, content)))
+            raise CheckpointError(
+                f"{folder} holds a run of another recipe (different: {changed}). Nothing was touched. "
+                "Choose another folder with --run-folder, or remove this one to start anew."
+            )
+        return
+    if is_main():
+        if folder.exists() and any(folder.iterdir()) and not (folder / "data").exists():
+            raise CheckpointError(f"{folder} is not empty and is not a run folder. Choose another with --run-folder.")
+        write_json(marker, content)
+        write_atomic(folder / "recipe.yaml", dump_recipe(recipe))
+
+
+# What of `runtime` a continued run may not change; where it runs and how often it saves may.
+_BINDING_RUNTIME = frozenset({"gradient_checkpointing", "compile"})
+
+
+def _differences(one: Any, other: Any, path: str = "") -> list[str]:
+    if isinstance(one, dict) and isinstance(other, dict):
+        keys = set(one) | set(other)
+        return [d for key in keys for d in _differences(one.get(key), other.get(key), f"{path}.{key}" if path else key)]
+    if isinstance(one, list) and isinstance(other, list) and len(one) == len(other):
+        return [d for i, (a, b) in enumerate(zip(one, other, strict=True)) for d in _differences(a, b, f"{path}[{i}]")]
+    return [] if one == other else [path]
+
+
+def open_teacher(recipe: Recipe, device: torch.device) -> LoadedTeacher | None:
+    """The recipe's teacher, ready to be asked; None when the recipe pre-trains."""
+    if recipe.teacher is None:
+        return None
+    loaded = load_teacher(
+        recipe.teacher.source, revision=recipe.teacher.revision, dtype=recipe.teacher.dtype, device=device
+    )
+    loaded.model.eval().requires_grad_(False)
+    return loaded
+
+
+def open_tokenizer(recipe: Recipe, teacher: LoadedTeacher | None, folder: Path) -> Any:
+    """The recipe's tokenizer: the teacher's, another one by name, or one trained on the recipe's text."""
+    words = recipe.tokenizer
+    if words.train_vocab_size is not None:
+        from transformers import AutoTokenizer
+
+        saved = folder / "tokenizer"
+        if not saved.exists():
+            documents = (text for source in recipe.data.train for text in read_documents(text_source(source)))
+            train_tokenizer(documents, vocab_size=words.train_vocab_size).save_pretrained(saved)
+        return AutoTokenizer.from_pretrained(saved)
+    if words.source is not None:
+        from limbeck.models.teacher import load_tokenizer
+
+        return load_tokenizer(words.source)
+    if teacher is None:
+        raise RecipeError("tokenizer: a recipe without a teacher needs tokenizer.source or tokenizer.train_vocab_size.")
+    return teacher.tokenizer
+
+
+def text_source(words: Any) -> TextSource:
+    """A recipe's source as the data room's."""
+    return TextSource(words.source, words.split, words.field, words.config, words.weight)
+
+
+def open_data(recipe: Recipe, tokenizer: Any, folder: Path, *, sources: Sequence[Any], max_tokens: int) -> Mixture:
+    """Token windows of the recipe's sources in the run's fixed order."""
+    windows = [
+        cached_windows(
+            text_source(words), encoder(tokenizer), folder=folder, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
+            end_token=tokenizer.eos_token_id, context_tokens=recipe.data.context_tokens,
+            cross_documents=recipe.data.cross_documents, max_tokens=max_tokens,
+        )
+        for words in sources
+    ]  # fmt: skip
+    return Mixture(windows, weights=[words.weight for words in sources], seed=derive_seed(recipe.seed, "data"))
+
+
+def mixer_list(recipe: Recipe, layers: int, *, errors: Mapping[int, float] | None = None) -> list[str]:
+    """Which layers keep attention, as one word per layer (`attention` or `hyena`).
+
+    errors: held-out fit errors by layer, needed by the rule `measured`.
+    Raises: RecipeError when more layers are to be kept than there are.
+    """
+    wanted = recipe.student.keep_attention
+    if isinstance(wanted, list):
+        kept = set(wanted)
+        if kept and max(kept) >= layers:
+            raise RecipeError(f"student.keep_attention: layer {max(kept)} does not exist; the teacher's layers are 0 to {layers - 1}.")
+    else:
+        count = round(wanted * layers) if isinstance(wanted, float) else wanted
+        if isinstance(wanted, float) and wanted > 0:
+            count = max(1, count)
+        if count > layers:
+            raise RecipeError(f"student.keep_attention: {count} layers are to be kept but the teacher has {layers}.")
+        kept = _KEEP_RULES[recipe.student.keep_rule](count, layers, errors or {})
+    return ["attention" if layer in kept else "hyena" for layer in range(layers)]
+
+
+def _keep_even(count: int, layers: int, _errors: Mapping[int, float]) -> set[int]:
+    return {round((i + 0.5) * layers / count - 0.5) for i in range(count)} if count else set()
+
+
+def _keep_measured(count: int, layers: int, errors: Mapping[int, float]) -> set[int]:
+    return set(sorted(range(layers), key=lambda layer: (-errors.get(layer, 0.0), layer))[:count])
+
+
+_KEEP_RULES: dict[str, Callable[[int, int, Mapping[int, float]], set[int]]] = {
+    "even": _keep_even,
+    "first": lambda count, layers, errors: set(range(count)),
+    "last": lambda count, layers, errors: set(range(layers - count, layers)),
+    "measured": _keep_measured,
+}
+
+
+def scratch_model(recipe: Recipe, tokenizer: Any, *, seed: int) -> nn.Module:
+    """A new model of `student.architecture`, randomly initialised."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    words = dict(recipe.student.architecture or {})
+    family = words.pop("model_type")
+    try:
+        config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer)} | words)
+        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        seed_everything(seed)
+        return AutoModelForCausalLM.from_config(config)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"student.architecture: {error}") from error
+
+
+def mixer_parameter_names(student: nn.Module) -> frozenset[str]:
+    """Names of the parameters that belong to replaced mixers."""
+    mixers = getattr(student, "mixers", dict)()
+    own = {id(parameter) for mixer in mixers.values() for parameter in mixer.parameters()}
+    return frozenset(name for name, parameter in student.named_parameters() if id(parameter) in own)
+
+
+def stage_plans(recipe: Recipe, stages: Sequence[Any], student: nn.Module, teacher: nn.Module | None) -> list[StagePlan]:
+    """Settings for each phase; a progressive `align` becomes one phase per replaced layer, its budget shared equally."""
+    names = mixer_parameter_names(student)
+    layers = sorted(getattr(student, "mixers", dict)())
+    plans = []
+    for spec in stages:
+        if spec.kind == "align" and spec.order == "progressive":
+            share = max(spec.batch_tokens, spec.tokens // max(1, len(layers)))
+            for layer in layers:
+                settings = _settings(recipe, spec, student, teacher, name=f"{spec.name}-layer{layer:02d}", tokens=share, mixer_names=names)
+                plans.append(StagePlan(spec, settings, (layer,)))
+        else:
+            chosen = tuple(layers) if spec.kind == "align" else None
+            settings = _settings(recipe, spec, student, teacher, name=spec.name, tokens=spec.tokens, mixer_names=names)
+            plans.append(StagePlan(spec, settings, chosen))
+    return plans
+
+
+def _settings(
+    recipe: Recipe, spec: Any, student: nn.Module, teacher: nn.Module | None, *, name: str, tokens: int, mixer_names: frozenset[str]
+) -> StageSettings:
+    context = recipe.data.context_tokens
+    flops = 0.0
+    if spec.kind == "align":
+        flops = forward_flops_per_token(teacher, context) + 3 * _mixer_flops(student, context)
+    else:
+        flops = 3 * forward_flops_per_token(student, context)
+        flops += forward_flops_per_token(teacher, context) if spec.kind == "distil" and teacher is not None else 0.0
+    rate = recipe.runtime
+    return StageSettings(
+        name=name, tokens=tokens, batch_tokens=spec.batch_tokens, micro_batch_sequences=spec.micro_batch_sequences, optimizer=spec.optimizer,
+        learning_rate=spec.learning_rate, mixer_learning_rate=spec.mixer_learning_rate, weight_decay=spec.weight_decay,
+        betas=tuple(spec.betas), schedule=spec.schedule, warmup_share=spec.warmup_share, decay_share=spec.decay_share,
+        final_share=spec.final_share, clip_norm=spec.clip_norm, ema_decay=spec.ema_decay,
+        checkpoint_every_tokens=rate.checkpoint_every_tokens, keep_checkpoints=rate.keep_checkpoints,
+        mixer_names=mixer_names, flops_per_token=flops,
+    )  # fmt: skip
+
+
+def _mixer_flops(student: nn.Module, context: int) -> float:
+    mixers = getattr(student, "mixers", dict)()
+    return sum(forward_flops_per_token(mixer, context) for mixer in mixers.values())
+
+
+def freeze(student: nn.Module, plan: StagePlan) -> None:
+    """Let only what the phase trains have gradients."""
+    names = mixer_parameter_names(student)
+    mixers = getattr(student, "mixers", dict)()
+    chosen = None if plan.layers is None else {id(p) for layer in plan.layers for p in mixers[layer].parameters()}
+    for name, parameter in student.named_parameters():
+        if chosen is not None:
+            parameter.requires_grad_(id(parameter) in chosen)
+        else:
+            parameter.requires_grad_(getattr(plan.spec, "train", "all") == "all" or name in names)
+
+
+def build_lesson(plan: StagePlan, student: nn.Module, teacher: nn.Module | None, *, power: Mapping[int, float]) -> nn.Module:
+    """The lesson of a phase."""
+    spec = plan.spec
+    if spec.kind == "align":
+        assert teacher is not None
+        assert plan.layers is not None
+        mixers = student.mixers()
+        modules = {site.layer_index: site.module for site in find_attention(teacher) if site.layer_index in plan.layers}
+        return AlignLesson(
+            student, teacher, student_mixers=mixers, teacher_mixers=modules,
+            operators={layer: mixers[layer].operator for layer in plan.layers},
+            power=power, layers=plan.layers, inputs=spec.inputs,
+        )  # fmt: skip
+    if spec.kind == "distil":
+        return LogitLesson(student, teacher, kl=spec.kl, ce=spec.ce, temperature=spec.temperature)
+    return LogitLesson(student, None, kl=0.0, ce=1.0)
+
+
+def calibration_batches(data: Mixture, *, tokens: int, device: torch.device, rows: int = 8) -> list[Batch]:
+    """The first training windows, in batches of a few rows: what calibration looks at."""
+    count = max(1, tokens // (rows * data.context_tokens))
+    return [data.batch(i * rows, rows).to(device) for i in range(count)]
+
+
+def as_tune(stages: Sequence[Any], total_tokens: int, *, is_new: bool) -> Any:
+    """One plain training stage with the last stage's settings and all of the tokens: what a control without a teacher gets.
+
+    A new model (`is_new`) learns at the highest rate of any stage, mixers' included, since nothing in it needs care; a
+    trained one at the last stage's own.
+    """
+    last = stages[-1]
+    rates = [rate for stage in stages for rate in (stage.learning_rate, stage.mixer_learning_rate) if rate is not None]
+    kept = {name: getattr(last, name) for name in Stage.model_fields if name not in ("kind", "name", "tokens")}
+    rate = {"learning_rate": max(rates) if is_new else last.learning_rate, "mixer_learning_rate": None}
+    return TuneStage(**kept | rate, kind="tune", name="tune", tokens=total_tokens)
+
+
+def stretch(stages: Sequence[Any], total_tokens: int) -> list[Any]:
+    """The same stages with their tokens scaled up to a total, the last one taking what rounding leaves."""
+    own = sum(stage.steps * stage.batch_tokens for stage in stages)
+    longer = [
+        stage.model_copy(update={"tokens": max(1, round(stage.steps * total_tokens / own)) * stage.batch_tokens}) for stage in stages
+    ]
+    rest = total_tokens - sum(stage.tokens for stage in longer[:-1])
+    longer[-1] = longer[-1].model_copy(update={"tokens": max(longer[-1].batch_tokens, rest)})
+    return longer
+
+
+def recipe_fingerprint(recipe: Recipe) -> str:
+    """SHA-256 of the resolved recipe."""
+    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

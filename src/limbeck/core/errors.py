@@ -1,0 +1,46 @@
+"""Errors for the person who made the recipe.
+
+Each message says what was given, where, what was expected, and what to do. The command line prints the message alone
+and exits with code 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class LimbeckError(Exception):
+    """Something the user can mend. Never raised for a fault of our own."""
+
+
+class RecipeError(LimbeckError):
+    """The recipe cannot be read, or asks for what cannot be done."""
+
+
+class TeacherError(LimbeckError):
+    """The teacher is missing, unreadable, or of a kind that is not supported."""
+
+
+class DataError(LimbeckError):
+    """A text source is missing, empty, not text, or too small."""
+
+
+class CheckpointError(LimbeckError):
+    """A checkpoint or run folder is damaged, or belongs to another recipe."""
+
+
+class TrainingError(LimbeckError):
+    """Training cannot go on: a loss that is not a number, for instance."""
+
+
+class EnvironmentFault(LimbeckError):
+    """The machine lacks what was asked of it: a device, disk space, memory, an optional package."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Say that a name is unknown, suggest the nearest known one, and list them all."""
+    names = sorted(known)
+    close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f' Did you mean "{close[0]}"?' if close else ""
+    return f'unknown {kind} "{name}".{hint} Known: {", ".join(names)}'

@@ -1,0 +1,158 @@
+"""Where text comes from: the factbook, files and folders, or a data set of the Hugging Face hub."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from limbeck.core.errors import DataError
+from limbeck.data.factbook import read_factbook
+
+_SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
+_HELDOUT_EVERY = 50
+
+
+@dataclass(frozen=True)
+class TextSource:
+    """One source of documents.
+
+    source: `factbook`, a path to a .txt/.md/.jsonl/.parquet file or a folder of them, or a hub data set id. split: for
+    files, `train` leaves out every 50th document and `heldout` is exactly those, while `all` takes everything. field: the column of structured files. config: a hub
+    data set's configuration. weight: how often its tokens are used, relative to their number.
+    """
+
+    source: str
+    split: str = "train"
+    field: str = "text"
+    config: str | None = None
+    weight: float = 1.0
+
+
+def read_documents(source: TextSource) -> Iterator[str]:
+    """Yield the non-empty documents of a source, in a fixed order.
+
+    Raises: DataError when the source is missing, is not text, or lacks the field; the message names file and line.
+    """
+    if source.source == "factbook":
+        yield from read_factbook(source.split)
+        return
+    path = Path(source.source).expanduser()
+    if path.exists():
+        yield from _pick_split(_read_path(path, source.field), source.split, name=source.source)
+    elif path.suffix in _SUFFIXES or source.source.startswith((".", "/", "~")):
+        raise DataError(f"text source {source.source}: no such file or folder. Give an existing path, or a hub data set id.")
+    else:
+        yield from _read_hub(source)
+
+
+def _pick_split(documents: Iterator[str], split: str, *, name: str) -> Iterator[str]:
+    if split not in ("train", "heldout", "all"):
+        raise DataError(f'text source {name}: files have the splits train, heldout and all, not "{split}".')
+    for index, document in enumerate(documents):
+        is_heldout = index % _HELDOUT_EVERY == _HELDOUT_EVERY - 1
+        if split == "all" or is_heldout == (split == "heldout"):
+            yield document
+
+
+def _read_path(path: Path, field: str) -> Iterator[str]:
+    if path.is_dir():
+        files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
+        if not files:
+            raise DataError(f"text source {path}: the folder holds no {', '.join(_SUFFIXES)} file.")
+        for file in files:
+            yield from _read_path(file, field)
+        return
+    if path.suffix not in _SUFFIXES:
+        raise DataError(f"text source {path}: unknown kind of file. Known: {', '.join(_SUFFIXES)}.")
+    yield from _READERS[path.suffix](path, field)
+
+
+def _read_plain(path: Path, field: str) -> Iterator[str]:
+    """A plain file in articles: a new document begins at each blank-line break once 2,000 characters have gathered."""
+    gathered: list[str] = []
+    size = 0
+    with open(path, "rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            line = _decode(raw, path, number)
+            if not line.strip() and size >= 2000:
+                yield "".join(gathered)
+                gathered, size = [], 0
+            gathered.append(line)
+            size += len(line)
+    if "".join(gathered).strip():
+        yield "".join(gathered)
+
+
+def _decode(raw: bytes, path: Path, number: int) -> str:
+    if b"\0" in raw:
+        raise DataError(f"{path}:{number}: this is not text (a NUL byte). Give a UTF-8 text file.")
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}:{number}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
+
+
+def _read_jsonl(path: Path, field: str) -> Iterator[str]:
+    with open(path, "rb") as stream:
+        for number, raw in enumerate(stream, start=1):
+            line = _decode(raw, path, number)
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise DataError(f"{path}:{number}: not JSON ({error}).") from error
+            yield from _take_field(row, field, where=f"{path}:{number}")
+
+
+def _read_parquet(path: Path, field: str) -> Iterator[str]:
+    import pyarrow.parquet
+
+    try:
+        table = pyarrow.parquet.ParquetFile(path)
+        if field not in table.schema_arrow.names:
+            raise DataError(f'{path}: no column "{field}". Columns: {", ".join(table.schema_arrow.names)}. Set `field`.')
+        for batch in table.iter_batches(columns=[field]):
+            for value in batch.column(0).to_pylist():
+                yield from _take_field({field: value}, field, where=str(path))
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path}: not a readable Parquet file ({error}).") from error
+
+
+def _take_field(row: object, field: str, *, where: str) -> Iterator[str]:
+    if not isinstance(row, dict) or field not in row:
+        found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
+        raise DataError(f'{where}: no field "{field}" (found: {found}). Set `field` to the one that holds the text.')
+    value = row[field]
+    if value is None or value == "":
+        return
+    if not isinstance(value, str):
+        raise DataError(f'{where}: field "{field}" holds {type(value).__name__}, not text.')
+    yield value
+
+
+def _read_hub(source: TextSource) -> Iterator[str]:
+    import datasets
+
+    try:
+        rows = datasets.load_dataset(source.source, source.config, split=source.split, streaming=True)
+        for row in rows:
+            yield from _take_field(row, source.field, where=f"{source.source}[{source.split}]")
+    except DataError:
+        raise
+    except Exception as error:
+        first = (str(error) or type(error).__name__).splitlines()[0][:300]
+        raise DataError(
+            f"text source {source.source} (config {source.config}, split {source.split}): cannot be read from the hub: {first} "
+            "Check the name and the network, or download it and give the path of a local .jsonl or .parquet file."
+        ) from error
+
+
+_READERS: dict[str, Callable[[Path, str], Iterator[str]]] = {
+    ".txt": _read_plain,
+    ".md": _read_plain,
+    ".jsonl": _read_jsonl,
+    ".parquet": _read_parquet,
+}

@@ -1,0 +1,235 @@
+"""The last stop of a run: every model on the same text, and the report."""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+import limbeck
+from limbeck import assembly
+from limbeck.core.errors import DataError
+from limbeck.core.files import read_json, write_json
+from limbeck.core.runtime import seed_everything
+from limbeck.data.text import read_documents
+from limbeck.evaluate.efficiency import compare_speed, parameter_facts
+from limbeck.evaluate.facts import (
+    Controls,
+    FloorFacts,
+    LayerFacts,
+    ModelFacts,
+    ReportFacts,
+    RunFacts,
+    Sample,
+    StageFacts,
+    TextFacts,
+    Versus,
+)
+from limbeck.evaluate.quality import TextScore, compare_models, paired_difference, pool_scores, score_text, zeroed_mixers
+from limbeck.evaluate.report import write_report
+from limbeck.models.generation import continue_text
+from limbeck.recipe_io import dump_recipe
+
+if TYPE_CHECKING:
+    from limbeck.pipeline import ArmResult, Run
+
+_SAMPLED = ("teacher", "student", "from_scratch")
+
+
+def report(work: Run, results: dict[str, ArmResult]) -> dict[str, Any]:
+    """Judge the teacher and every arm, write the report and the student's folder. Returns report.json's content."""
+    save_student(work, results["student"].model)
+    texts = evaluation_texts(work)
+    models: dict[str, nn.Module] = {} if work.teacher is None else {"teacher": work.teacher.model}
+    models |= {name: result.model for name, result in results.items()}
+    facts, scores = {}, {}
+    for name, model in models.items():
+        work.say(f"judging {name}")
+        facts[name], scores[name] = judge_model(work, name, model, texts)
+        if name in results:
+            add_books(facts[name], results[name], work)
+    for name in facts:
+        if name != "student":
+            facts[name].versus_student = Versus.from_difference(paired_difference(scores[name], scores["student"]))
+    found = ReportFacts(
+        run=run_facts(work, results), teacher=facts.get("teacher"), student=facts["student"],
+        controls=Controls(**{name: facts.get(name) for name in Controls.model_fields}),
+        floor=measure_floor(work, texts, scores), layers=layer_facts(work, results["student"].model),
+        speed=measure_speeds(work, results["student"].model), protocol=scores["student"].protocol,
+    )  # fmt: skip
+    write_report(work.folder, found)
+    return read_json(work.folder / "report.json")
+
+
+def save_student(work: Run, student: nn.Module) -> None:
+    """Write the student as a plain `from_pretrained` folder, tokenizer included."""
+    folder = work.folder / "model"
+    student.save_pretrained(folder)
+    work.tokenizer.save_pretrained(folder)
+
+
+def evaluation_texts(work: Run) -> dict[str, list[str]]:
+    """Held-out documents by name of their source."""
+    texts: dict[str, list[str]] = {}
+    budget = work.recipe.evaluation.max_tokens * 12
+    for words in work.recipe.evaluation.texts or work.recipe.data.heldout:
+        documents: list[str] = []
+        for document in read_documents(assembly.text_source(words)):
+            documents.append(document)
+            if sum(map(len, documents)) > budget:
+                break
+        if not documents:
+            raise DataError(f"evaluation text {words.source} ({words.split}) is empty.")
+        texts[f"{words.source} ({words.split})"] = documents
+    return texts
+
+
+def judge_model(work: Run, name: str, model: nn.Module, texts: dict[str, list[str]]) -> tuple[ModelFacts, TextScore]:
+    """Quality of one model on all texts, its nearness to the teacher, and samples."""
+    facts = ModelFacts(**parameter_facts(model))
+    scores = score_texts(work, name, model, texts)
+    pooled = pool_scores(list(scores.values()))
+    facts.take_score(pooled)
+    facts.texts = [TextFacts.from_score(text, score) for text, score in scores.items()]
+    if work.teacher is not None and name != "teacher":
+        documents = [document for found in texts.values() for document in found]
+        facts.take_comparison(compare_models(work.teacher.model, model, work.tokenizer, documents, **protocol(work, parts=4)))
+    if name in _SAMPLED:
+        facts.samples = [Sample(prompt=prompt, text=sample(work, model, prompt)) for prompt in work.recipe.evaluation.prompts]
+    return facts, pooled
+
+
+def score_texts(work: Run, name: str, model: nn.Module, texts: dict[str, list[str]]) -> dict[str, TextScore]:
+    """Score every text, or read the scores back if this was done before the run was stopped."""
+    file = work.folder / "evaluation" / f"{name}.json"
+    if file.exists():
+        kept = read_json(file)
+        return {
+            text: TextScore(**score | {key: tuple(score[key]) for key in ("block_nats", "block_tokens")}) for text, score in kept.items()
+        }
+    scores = {
+        text: score_text(model, work.tokenizer, documents, **protocol(work, parts=len(texts))) for text, documents in texts.items()
+    }
+    write_json(file, {text: asdict(score) for text, score in scores.items()})
+    return scores
+
+
+def protocol(work: Run, *, parts: int) -> dict[str, Any]:
+    """The recipe's way of scoring, each of `parts` texts taking its share of the tokens."""
+    words = work.recipe.evaluation
+    return {
+        "context_tokens": words.context_tokens or work.recipe.data.context_tokens, "stride_tokens": words.stride_tokens,
+        "max_tokens": max(16, words.max_tokens // parts), "batch_sequences": words.batch_sequences, "device": work.device,
+    }  # fmt: skip
+
+
+def sample(work: Run, model: nn.Module, prompt: str) -> str:
+    """A greedy continuation: the same prompt, side by side."""
+    seed_everything(work.recipe.seed)
+    return continue_text(model, work.tokenizer, prompt, max_new_tokens=work.recipe.evaluation.sample_tokens, temperature=0.0)
+
+
+def add_books(facts: ModelFacts, result: ArmResult, work: Run) -> None:
+    """What training cost, stage by stage."""
+    kinds = {stage.name: stage.kind for stage in work.recipe.stages} | {"tune": "tune"}
+    facts.tokens_spent = sum(stage.tokens for stage in result.stages)
+    facts.flops_spent = sum(stage.flops for stage in result.stages)
+    facts.stages = [
+        StageFacts(
+            name=stage.name, kind=kinds.get(stage.name.split("-layer")[0], "align"), tokens=stage.tokens, flops=stage.flops,
+            seconds=stage.seconds, final_loss=stage.final_loss, loss_curve=[(x, y) for x, y in stage.curve],
+        )
+        for stage in result.stages
+    ]  # fmt: skip
+
+
+def measure_floor(work: Run, texts: dict[str, list[str]], scores: dict[str, TextScore]) -> FloorFacts | None:
+    """The teacher with its mixers zeroed."""
+    if work.teacher is None or not work.recipe.controls.floor:
+        return None
+    with zeroed_mixers(work.teacher.model):
+        floor = pool_scores(list(score_texts(work, "floor", work.teacher.model, texts).values()))
+    ratio = floor.perplexity / scores["teacher"].perplexity
+    return FloorFacts(perplexity=floor.perplexity, bits_per_byte=floor.bits_per_byte, ratio_to_teacher=ratio)
+
+
+def measure_speeds(work: Run, student: nn.Module) -> Any:
+    """Prefill, decode and memory by context length, teacher beside student."""
+    words = work.recipe.evaluation.speed
+    if words is None:
+        return None
+    work.say("measuring speed")
+    teacher = None if work.teacher is None else work.teacher.model
+    return compare_speed(
+        teacher, student, context_lengths=words.context_lengths, decode_tokens=words.decode_tokens, repeats=words.repeats, device=work.device
+    )
+
+
+def layer_facts(work: Run, student: nn.Module) -> list[LayerFacts]:
+    """Each layer's mixer and its held-out errors through the run."""
+    file = work.folder / "layers.json"
+    if not file.exists():
+        return []
+    known = read_json(file)
+    before = {layer: (first, fitted) for layer, first, fitted in known["initial"]}
+    after = dict(known.get("aligned", []))
+    failed = set(known.get("failed", []))
+    found = []
+    for layer, mixer in enumerate(student.config.mixers):
+        first, fitted = before.get(layer, (None, None))
+        note = "fits no better than zero" + (": attention kept" if mixer == "attention" else "") if layer in failed else ""
+        found.append(
+            LayerFacts(
+                index=layer, mixer=mixer, nmse_initial=first, nmse_calibrated=fitted, nmse_after_align=after.get(layer),
+                replaced=mixer != "attention", note=note,
+            )
+        )  # fmt: skip
+    return found
+
+
+def run_facts(work: Run, results: dict[str, ArmResult]) -> RunFacts:
+    """Which run this is, and on what machine."""
+    import transformers
+
+    environment = machine_facts(work.device)
+    write_json(work.folder / "environment.json", environment | {"notes": work.notes})
+    return RunFacts(
+        name=work.recipe.name, date=datetime.now(UTC).isoformat(timespec="seconds"), seeds=[work.recipe.seed],
+        limbeck_version=limbeck.__version__, torch_version=str(torch.__version__), transformers_version=transformers.__version__,
+        machine=environment, recipe=dump_recipe(work.recipe),
+        teacher_source=None if work.recipe.teacher is None else work.recipe.teacher.source,
+        wall_seconds={name: round(result.seconds, 1) for name, result in results.items()},
+    )  # fmt: skip
+
+
+def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
+    """Processor, memory, device and the kernels in use."""
+    import os
+
+    from limbeck.nn.kernels import active_kernels
+
+    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else None
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    facts: dict[str, str | int | float | None] = {
+        "system": platform.system(), "processor": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "memory_gigabytes": None if pages is None else round(pages / 1e9, 1), "device": name, "python": platform.python_version(),
+    }  # fmt: skip
+    return facts | {f"kernel {kind}": kernel for kind, kernel in active_kernels().items()}
+
+
+def processor_name() -> str:
+    """The processor's model, as far as the system tells."""
+    file = Path("/proc/cpuinfo")
+    if file.exists():
+        for line in file.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+

@@ -1,0 +1,1 @@
+"""Models: teachers, students, and the surgery between them."""

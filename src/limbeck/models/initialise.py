@@ -1,0 +1,232 @@
+"""Starting values for Hyena mixers, from the attention they replace.
+
+Copying query, key and value weights into Hyena's projections explodes on real models: their product is cubic in scale.
+`calibrate` keeps what is useful of them: the value projection as it is, the two gates rescaled to stay near one, a long
+filter fitted to the teacher's mean attention by lag, and an output projection solved by least squares on captured
+activations. No gradient step is taken.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from contextlib import contextmanager
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from limbeck.core.types import Batch
+from limbeck.models.packing import forward_batch
+from limbeck.models.recording import recording
+from limbeck.models.surgery import AttentionSite, find_attention, projections
+from limbeck.nn.hyena import HyenaOperator
+
+GATE_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+_RIDGE = 1e-4
+
+
+@dataclass(frozen=True)
+class LayerFit:
+    """Held-out normalised MSE of one layer's mixer against the teacher's attention output (1 = no better than zero)."""
+
+    layer: int
+    before: float
+    after: float
+
+
+def copy_projections(operator: HyenaOperator, site: AttentionSite) -> None:
+    """Copy query, key, value and output weights unscaled; the short convolution starts as the identity.
+
+    Source: arXiv:2408.15237, section 2.2 (attention weights as the start of a linear mixer); known to explode with
+    Hyena's triple product on real models, kept for comparison.
+    """
+    parts = projections(site)
+    with torch.no_grad():
+        _set_projection(operator, 0, parts.q, parts.q_bias)
+        for gate in range(1, operator.order):
+            _set_projection(operator, gate, parts.k, parts.k_bias)
+        _set_projection(operator, operator.order, parts.v, parts.v_bias)
+        operator.out_proj.weight.copy_(parts.o)
+        if operator.out_proj.bias is not None:
+            operator.out_proj.bias.copy_(torch.zeros_like(operator.out_proj.bias) if parts.o_bias is None else parts.o_bias)
+        set_identity_short_convolution(operator)
+
+
+def _set_projection(operator: HyenaOperator, block: int, weight_CD: Tensor, bias_C: Tensor | None) -> None:
+    width = operator.inner_width
+    rows = slice(block * width, (block + 1) * width)
+    operator.in_proj.weight[rows] = weight_CD.to(operator.in_proj.weight)
+    if operator.in_proj.bias is not None:
+        operator.in_proj.bias[rows] = 0.0 if bias_C is None else bias_C.to(operator.in_proj.bias)
+
+
+def set_identity_short_convolution(operator: HyenaOperator) -> None:
+    """Make the short convolution pass its input through unchanged."""
+    with torch.no_grad():
+        operator.short_weight.zero_()
+        operator.short_weight[:, 0] = 1.0
+        operator.short_bias.zero_()
+
+
+def capture(model: nn.Module, batches: Sequence[Batch], mixers: Mapping[int, nn.Module]) -> dict[int, tuple[Tensor, Tensor]]:
+    """Inputs and outputs [rows, T, D] of the given mixers while the model reads the batches. No gradients."""
+    inputs: dict[int, list[Tensor]] = {layer: [] for layer in mixers}
+    outputs: dict[int, list[Tensor]] = {layer: [] for layer in mixers}
+    for batch in batches:
+        with torch.no_grad(), recording(mixers) as seen:
+            forward_batch(model, batch)
+        for layer in mixers:
+            inputs[layer].append(seen.inputs[layer])
+            outputs[layer].append(seen.outputs[layer])
+    return {layer: (torch.cat(inputs[layer]), torch.cat(outputs[layer])) for layer in mixers}
+
+
+def mean_attention_by_lag(teacher: Any, batches: Sequence[Batch], *, layers: Sequence[int]) -> dict[int, Tensor]:
+    """Average attention weight [H, K] that each head gives to the token `lag` positions back.
+
+    The mean is over positions t >= lag, rows, and real pairs (packed documents give zero across). Runs the teacher with
+    its eager attention for this alone.
+    """
+    sums: dict[int, Tensor] = {}
+    counts_K: Tensor | float = 0.0
+    with _eager_attention(teacher), torch.no_grad():
+        for batch in batches:
+            kwargs = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
+            attentions = teacher(input_ids=batch.input_ids_BT, output_attentions=True, use_cache=False, **kwargs).attentions
+            rows, width = batch.input_ids_BT.shape
+            for layer in layers:
+                by_lag_HK = _sum_by_lag(attentions[layer].float().sum(0))
+                sums[layer] = sums[layer] + by_lag_HK if layer in sums else by_lag_HK
+            counts_K = counts_K + rows * torch.arange(width, 0, -1, dtype=torch.float32, device=batch.input_ids_BT.device)
+    return {layer: total / counts_K for layer, total in sums.items()}
+
+
+def _sum_by_lag(weights_HTT: Tensor) -> Tensor:
+    """Sum of each lower diagonal: [H, T, T] -> [H, T] by lag."""
+    width = weights_HTT.shape[-1]
+    return torch.stack([torch.diagonal(weights_HTT, offset=-lag, dim1=-2, dim2=-1).sum(-1) for lag in range(width)], dim=-1)
+
+
+@contextmanager
+def _eager_attention(model: Any) -> Iterator[None]:
+    before = model.config._attn_implementation
+    model.set_attn_implementation("eager")
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)
+
+
+def calibrate(
+    teacher: Any, operators: Mapping[int, HyenaOperator], batches: Sequence[Batch], heldout: Sequence[Batch]
+) -> list[LayerFit]:
+    """Give every operator a calibrated start and say how well each fits on held-out windows.
+
+    teacher: any HF causal LM with attention at the operators' layers. batches: windows to solve on; heldout: other
+    windows, for the errors and for choosing how strongly the gates move.
+    Source: our own; the mean attention by lag as a filter target and the closed-form output projection follow the
+    argument of arXiv:2606.16429 (start from the teacher's statistics), none of which treats Hyena.
+    """
+    sites = {site.layer_index: site for site in find_attention(teacher) if site.layer_index in operators}
+    modules = {layer: site.module for layer, site in sites.items()}
+    seen, unseen = capture(teacher, batches, modules), capture(teacher, heldout, modules)
+    lags = mean_attention_by_lag(teacher, batches[: max(1, len(batches) // 4)], layers=list(operators))
+    document_ids = stack_documents(batches), stack_documents(heldout)
+    fits = []
+    for layer, operator in operators.items():
+        before = normalised_error(operator, *unseen[layer], document_ids_BT=document_ids[1])
+        after = _calibrate_layer(operator, sites[layer], seen[layer], unseen[layer], lags[layer], document_ids)
+        fits.append(LayerFit(layer, before, after))
+    return fits
+
+
+def stack_documents(batches: Sequence[Batch]) -> Tensor | None:
+    """Document ids of several batches as one [rows, T], or None when no row holds two documents."""
+    if all(batch.document_ids_BT is None for batch in batches):
+        return None
+    return torch.cat([torch.zeros_like(b.input_ids_BT) if b.document_ids_BT is None else b.document_ids_BT for b in batches])
+
+
+def _calibrate_layer(
+    operator: HyenaOperator,
+    site: AttentionSite,
+    seen: tuple[Tensor, Tensor],
+    unseen: tuple[Tensor, Tensor],
+    lags_HK: Tensor,
+    document_ids: tuple[Tensor | None, Tensor | None],
+) -> float:
+    parts = projections(site)
+    set_identity_short_convolution(operator)
+    target_CK = lags_HK.repeat_interleave(operator.inner_width // lags_HK.shape[0], dim=0)
+    with torch.enable_grad():
+        operator.filters[0].fit(target_CK)
+        for extra in list(operator.filters)[1:]:
+            impulse_CK = torch.zeros_like(target_CK)
+            impulse_CK[:, 0] = 1.0
+            extra.fit(impulse_CK)
+    with torch.no_grad():
+        operator.skip_bias.zero_()
+        _set_projection(operator, operator.order, parts.v, parts.v_bias)
+    best = (float("inf"), 0.0)
+    for strength in GATE_STRENGTHS:
+        _set_gates(operator, parts, seen[0], strength=strength)
+        solve_output(operator, *seen, document_ids_BT=document_ids[0])
+        best = min(best, (normalised_error(operator, *unseen, document_ids_BT=document_ids[1]), strength))
+    _set_gates(operator, parts, seen[0], strength=best[1])
+    solve_output(operator, *seen, document_ids_BT=document_ids[0])
+    return best[0]
+
+
+def _set_gates(operator: HyenaOperator, parts: Any, inputs_BTD: Tensor, *, strength: float) -> None:
+    """Gates of 1 + strength * (query or key, scaled to unit RMS per channel on these inputs)."""
+    with torch.no_grad():
+        for block, (weight_CD, bias_C) in enumerate([(parts.q, parts.q_bias)] + [(parts.k, parts.k_bias)] * (operator.order - 1)):
+            weight_CD = weight_CD.to(inputs_BTD)
+            bias_C = torch.zeros(weight_CD.shape[0]).to(inputs_BTD) if bias_C is None else bias_C.to(inputs_BTD)
+            raw_BTC = nn.functional.linear(inputs_BTD, weight_CD, bias_C)
+            scale_C = strength / raw_BTC.square().mean((0, 1)).sqrt().clamp_min(1e-6)
+            _set_projection(operator, block, weight_CD * scale_C[:, None], bias_C * scale_C + 1.0)
+
+
+def solve_output(operator: HyenaOperator, inputs_BTD: Tensor, outputs_BTD: Tensor, *, document_ids_BT: Tensor | None) -> None:
+    """Set the output projection (and its bias) to the ridge-regression solution for the captured outputs."""
+    mixed_NC = inner_output(operator, inputs_BTD, document_ids_BT=document_ids_BT).flatten(0, 1).double()
+    target_ND = outputs_BTD.flatten(0, 1).double()
+    has_bias = operator.out_proj.bias is not None
+    mixed_mean_C = mixed_NC.mean(0) if has_bias else torch.zeros_like(mixed_NC[0])
+    target_mean_D = target_ND.mean(0) if has_bias else torch.zeros_like(target_ND[0])
+    mixed_NC, target_ND = mixed_NC - mixed_mean_C, target_ND - target_mean_D
+    gram_CC = mixed_NC.T @ mixed_NC
+    ridge = _RIDGE * gram_CC.diagonal().mean() + torch.finfo(torch.float32).tiny
+    gram_CC.diagonal().add_(ridge)
+    solution_CD = torch.linalg.solve(gram_CC, mixed_NC.T @ target_ND)
+    with torch.no_grad():
+        operator.out_proj.weight.copy_(solution_CD.T)
+        if operator.out_proj.bias is not None:
+            operator.out_proj.bias.copy_(target_mean_D - mixed_mean_C @ solution_CD)
+
+
+def inner_output(operator: HyenaOperator, inputs_BTD: Tensor, *, document_ids_BT: Tensor | None, rows: int = 8) -> Tensor:
+    """What the operator hands to its output projection, [B, T, C], in blocks of rows."""
+    found = []
+    with torch.no_grad(), recording({0: operator.out_proj}) as seen:
+        for low in range(0, inputs_BTD.shape[0], rows):
+            documents = None if document_ids_BT is None else document_ids_BT[low : low + rows]
+            operator(inputs_BTD[low : low + rows], document_ids_BT=documents)
+            found.append(seen.inputs[0])
+    return torch.cat(found)
+
+
+def normalised_error(
+    operator: HyenaOperator, inputs_BTD: Tensor, outputs_BTD: Tensor, *, document_ids_BT: Tensor | None, rows: int = 8
+) -> float:
+    """Normalised MSE of an operator on captured activations: 0 is perfect, 1 is an output of zero."""
+    error = 0.0
+    with torch.no_grad():
+        for low in range(0, inputs_BTD.shape[0], rows):
+            documents = None if document_ids_BT is None else document_ids_BT[low : low + rows]
+            answer_BTD = operator(inputs_BTD[low : low + rows], document_ids_BT=documents)
+            error += float((answer_BTD - outputs_BTD[low : low + rows]).double().square().sum())
+    return error / max(float(outputs_BTD.double().square().sum()), 1e-30)

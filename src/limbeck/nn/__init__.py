@@ -1,0 +1,1 @@
+"""Operators: long convolutions, filters, exact decoding, the Hyena operator. Plain torch; every device, CPU included."""

@@ -1,0 +1,183 @@
+"""Exact convolution while inputs still arrive: what a Hyena layer remembers during generation.
+
+Both memories take chunks of any length and single tokens in any order, and give what the convolution of the whole
+input would. They change in place; `clone` to branch. Gradients flow through the chunk given, never into the past.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from limbeck.nn.fftconv import causal_convolution, convolution_window
+from limbeck.nn.filters import LongFilter, ModalFilter
+from limbeck.nn.modal import damped_waves, modal_taps, real_pairs
+from limbeck.nn.taps import KnownTaps
+
+BLOCK = 32
+SHORT_CHUNK = 16
+
+
+@dataclass
+class OnlineConvolution:
+    """Inputs so far, and the sums they will contribute to outputs to come.
+
+    Time is cut into blocks of `BLOCK` tokens. Inside a block each input is pushed straight onto the block's outputs.
+    At the end of a block that ends at m tokens, the last P tokens (P the largest power of two dividing m) are
+    convolved onto the P tokens to come, by one cyclic FFT of 2 P points; so every pair (input, output) is met exactly
+    once, and a token costs O(log^2) on average, with memory O(L). `pending_BCH` reaches `horizon` tokens ahead of the
+    last restart; when they are used up, one FFT of the history opens the next, twice as long. Filters with bounded
+    support bound horizon and history by it.
+    Source: van der Hoeven 2002 (relaxed multiplication); Oncescu et al. 2024, arXiv:2410.12982, algorithm 2; the
+    restart after a prompt: Agarwal et al. 2024, arXiv:2410.03766.
+    """
+
+    history_BCL: Tensor
+    pending_BCH: Tensor
+    block_inputs_BPC: Tensor
+    block_outputs_BPC: Tensor
+    filled: int = 0
+    time: int = 0
+
+    @staticmethod
+    def empty(batch: int, channels: int, *, device: torch.device | str, dtype: torch.dtype) -> OnlineConvolution:
+        """The memory before the first token."""
+
+        def zeros(*shape: int) -> Tensor:
+            return torch.zeros(batch, *shape, device=device, dtype=dtype)
+
+        return OnlineConvolution(zeros(channels, 0), zeros(channels, 0), zeros(BLOCK, channels), zeros(BLOCK, channels))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> OnlineConvolution:
+        """A memory with `fn` applied to every tensor; all are batch-first."""
+        return OnlineConvolution(
+            fn(self.history_BCL), fn(self.pending_BCH), fn(self.block_inputs_BPC), fn(self.block_outputs_BPC),
+            self.filled, self.time,
+        )  # fmt: skip
+
+    def extend(self, u_BCT: Tensor, long_filter: LongFilter) -> Tensor:
+        """Take in a chunk [B, C, T] and return its outputs [B, C, T]."""
+        known = long_filter.known_taps()
+        if u_BCT.shape[-1] <= SHORT_CHUNK and not torch.is_grad_enabled():
+            return torch.stack([self._step(u_BC, known) for u_BC in u_BCT.unbind(-1)], dim=-1)
+        return self._restart(u_BCT, known)
+
+    def step(self, u_BC: Tensor, long_filter: LongFilter) -> Tensor:
+        """Take in one token [B, C] and return its output [B, C]. No gradients."""
+        return self._step(u_BC, long_filter.known_taps())
+
+    def _step(self, u_BC: Tensor, known: KnownTaps) -> Tensor:
+        place = self.time % BLOCK
+        if place == 0:
+            if self.time == self.pending_BCH.shape[-1]:
+                self._restart(u_BC.new_zeros(*u_BC.shape, 0), known)
+            ahead_BCP = self.pending_BCH[..., self.time : self.time + BLOCK]
+            self.block_outputs_BPC = ahead_BCP.transpose(1, 2).contiguous()
+        lags_PC = known.constant("block", lambda: _block_lags(known))
+        self.block_inputs_BPC[:, place] = u_BC
+        self.block_outputs_BPC[:, place:].addcmul_(u_BC.unsqueeze(1), lags_PC[: BLOCK - place])
+        self.time += 1
+        if place == BLOCK - 1:
+            self._finish_block(known)
+        return self.block_outputs_BPC[:, place]
+
+    def _finish_block(self, known: KnownTaps) -> None:
+        self.history_BCL[..., self.filled : self.filled + BLOCK] = self.block_inputs_BPC.transpose(1, 2)
+        self.filled += BLOCK
+        if self.time < self.pending_BCH.shape[-1]:
+            tile = self.time & -self.time
+            inputs_BCP = self.history_BCL[..., self.filled - tile : self.filled]
+            ahead_BCP = convolution_window(
+                inputs_BCP, known.head(2 * tile), start=tile, stop=2 * tile, spectrum_CF=known.spectrum(2 * tile, 2 * tile)
+            )
+            self.pending_BCH[..., self.time : self.time + tile] += ahead_BCP
+
+    def _restart(self, u_BCT: Tensor, known: KnownTaps) -> Tensor:
+        """Take in a chunk of T >= 0 tokens and refill the pending sums, with one FFT of what still counts."""
+        place = self.time % BLOCK
+        past_BCL = self.history_BCL[..., : self.filled]
+        if place:
+            past_BCL = torch.cat((past_BCL, self.block_inputs_BPC[:, :place].transpose(1, 2)), dim=-1)
+        past_BCL = past_BCL[..., past_BCL.shape[-1] - known.reach(past_BCL.shape[-1] + 1) + 1 :]
+        past, total = past_BCL.shape[-1], past_BCL.shape[-1] + u_BCT.shape[-1]
+        horizon = _next_horizon(total, self.pending_BCH.shape[-1], known.support)
+        all_BCL = torch.cat((past_BCL, u_BCT), dim=-1)
+        if total:
+            outputs_BCX = convolution_window(all_BCL, known.head(total + horizon), start=past, stop=total + horizon)
+        else:
+            outputs_BCX = u_BCT.new_zeros(*u_BCT.shape[:2], horizon)
+        self.pending_BCH = outputs_BCX[..., u_BCT.shape[-1] :].detach()
+        self.filled = known.reach(total + 1) - 1
+        history_BCL = all_BCL.new_zeros(*all_BCL.shape[:2], self.filled + horizon)
+        history_BCL[..., : self.filled] = all_BCL[..., total - self.filled :].detach()
+        self.history_BCL, self.time = history_BCL, 0
+        return outputs_BCX[..., : u_BCT.shape[-1]]
+
+
+def _next_horizon(total: int, horizon: int, support: int | None) -> int:
+    """How many tokens ahead to sum: a power of two, half the history or double the last one, within the support."""
+    wanted = max(BLOCK, 2 * horizon, 1 << max(0, (total // 2).bit_length()))
+    if support is None:
+        return wanted
+    return max(BLOCK, min(wanted, 1 << (support - 1).bit_length()))
+
+
+def _block_lags(known: KnownTaps) -> Tensor:
+    head_CK = known.head(BLOCK)
+    lags_PC = head_CK.new_zeros(BLOCK, head_CK.shape[0])
+    lags_PC[: head_CK.shape[-1]] = head_CK.T
+    return lags_PC
+
+
+@dataclass
+class ModalRecurrence:
+    """The state S [B, C, N] of a modal filter: S <- lambda S + u, y = Re sum_n R_n S_n. Constant memory, constant time.
+
+    Complex64 at least: half-precision states drift.
+    Source: Massaroli et al. 2023, arXiv:2310.18780, section 3.3; here h_0 is part of the modes.
+    """
+
+    state_BCN: Tensor
+
+    @staticmethod
+    def empty(batch: int, channels: int, modes: int, *, device: torch.device | str, dtype: torch.dtype) -> ModalRecurrence:
+        """The state before the first token. `dtype`: real."""
+        return ModalRecurrence(torch.zeros(batch, channels, modes, device=device, dtype=dtype.to_complex()))
+
+    def map(self, fn: Callable[[Tensor], Tensor]) -> ModalRecurrence:
+        """A state with `fn` applied to its tensor, which is batch-first."""
+        return ModalRecurrence(fn(self.state_BCN))
+
+    def extend(self, u_BCT: Tensor, long_filter: ModalFilter) -> Tensor:
+        """Take in a chunk [B, C, T] and return its outputs [B, C, T]."""
+        length = u_BCT.shape[-1]
+        rate_CN, angle_CN, residue_CN = long_filter.rates_CN(), long_filter.angles_CN(), long_filter.residues_CN()
+        y_BCT = causal_convolution(u_BCT, long_filter.known_taps().head(length))
+        past_BCN = residue_CN * long_filter.poles_CN() * self.state_BCN
+        y_BCT = y_BCT + modal_taps(rate_CN, angle_CN, past_BCN, length=length)
+        with torch.no_grad():
+            decayed_BCN = self.state_BCN * damped_waves(rate_CN, angle_CN, start=length, count=1)[..., 0]
+            self.state_BCN = decayed_BCN + _summed_state(u_BCT, rate_CN, angle_CN)
+        return y_BCT
+
+    def step(self, u_BC: Tensor, long_filter: ModalFilter) -> Tensor:
+        """Take in one token [B, C] and return its output [B, C]. No gradients."""
+        known = long_filter.known_taps()
+        poles_CN = known.constant("poles", lambda: long_filter.poles_CN().detach())
+        weight_CX = known.constant("residues", lambda: real_pairs(long_filter.residues_CN().detach().conj()))
+        self.state_BCN.mul_(poles_CN).add_(u_BC.unsqueeze(-1))
+        return (real_pairs(self.state_BCN) * weight_CX).sum(-1)
+
+
+def _summed_state(u_BCT: Tensor, rate_CN: Tensor, angle_CN: Tensor, *, block: int = 64) -> Tensor:
+    """sum_s lambda^(T-1-s) u_s: [B, C, N], by blocks, so that nothing larger than T N / 64 complex numbers is made."""
+    u_BCT = torch.nn.functional.pad(u_BCT, (-u_BCT.shape[-1] % block, 0))
+    u_BCRP = u_BCT.unflatten(-1, (-1, block))
+    fine_CNP = damped_waves(rate_CN, angle_CN, count=block).flip(-1)
+    coarse_CNR = damped_waves(rate_CN, angle_CN, step=block, count=u_BCRP.shape[-2]).flip(-1)
+    sums_BCRX = u_BCRP @ real_pairs(fine_CNP.transpose(-1, -2))
+    sums_BCRN = torch.view_as_complex(sums_BCRX.unflatten(-1, (-1, 2)))
+    return (sums_BCRN * coarse_CNR.transpose(-1, -2)).sum(-2)

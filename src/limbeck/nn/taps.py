@@ -1,0 +1,53 @@
+"""A filter whose weights stand still: its taps and spectra, computed once and kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+
+import torch
+from torch import Tensor
+
+SPECTRA_KEPT = 16
+
+
+class KnownTaps:
+    """Taps of a filter for any length asked, with the most recent spectra.
+
+    `support`: the number of taps that can differ from zero, or None when there is no end to them.
+    """
+
+    def __init__(self, evaluate: Callable[[int], Tensor], *, support: int | None):
+        self.support = support
+        self._evaluate = evaluate
+        self._taps_CK: Tensor | None = None
+        self._spectra: dict[tuple[int, int], Tensor] = {}
+        self._constants: dict[Hashable, Tensor] = {}
+
+    def reach(self, length: int) -> int:
+        """How many of the first `length` taps exist."""
+        return length if self.support is None else min(length, self.support)
+
+    def head(self, length: int) -> Tensor:
+        """The first `length` taps [C, K], K = min(length, support)."""
+        length = self.reach(length)
+        known = 0 if self._taps_CK is None else self._taps_CK.shape[-1]
+        if self._taps_CK is None or known < length:
+            self._taps_CK = self._evaluate(self.reach(max(length, 2 * known)))
+        return self._taps_CK[:, :length]
+
+    def spectrum(self, length: int, size: int) -> Tensor:
+        """Real FFT [C, size / 2 + 1] of the first `length` taps, zero-padded to `size` points."""
+        key = (self.reach(length), size)
+        spectrum_CF = self._spectra.pop(key, None)
+        if spectrum_CF is None:
+            spectrum_CF = torch.fft.rfft(self.head(length), n=size)
+        self._spectra[key] = spectrum_CF
+        if len(self._spectra) > SPECTRA_KEPT:
+            del self._spectra[next(iter(self._spectra))]
+        return spectrum_CF
+
+    def constant(self, name: Hashable, compute: Callable[[], Tensor]) -> Tensor:
+        """A tensor that depends on the filter's weights alone, computed once."""
+        if name not in self._constants:
+            self._constants[name] = compute()
+        return self._constants[name]

@@ -1,0 +1,202 @@
+"""One recipe, from teacher to report. Read this first.
+
+    recipe -> teacher + student + data -> stages -> trainer -> checkpoints -> evaluation beside the controls -> report
+
+A run is made of *arms*: the student, and the controls that tell what it owes to whom. Every arm goes through its
+stages in the same loop, over the same samples in the same order. Whatever is finished is on disk, so the same command
+continues a run that was stopped anywhere.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from limbeck import assembly, judging, students
+from limbeck.core.files import read_json, write_json
+from limbeck.core.runtime import (
+    StopRequest,
+    derive_seed,
+    is_main,
+    pick_device,
+    set_threads,
+    start_distributed,
+    stop_distributed,
+    stop_on_signals,
+    wait_for_all,
+)
+from limbeck.data.order import Mixture
+from limbeck.models.teacher import LoadedTeacher
+from limbeck.recipe import Recipe, with_budget
+from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from limbeck.train.metrics import MetricsLog, Progress, choose_progress
+from limbeck.train.stages import set_dropout
+from limbeck.train.trainer import StageResult, load_weights, train_stage, weights_of
+
+
+@dataclass
+class Run:
+    """What all parts of one run share."""
+
+    recipe: Recipe
+    folder: Path
+    device: torch.device
+    teacher: LoadedTeacher | None
+    tokenizer: Any
+    data: Mixture
+    heldout: Mixture
+    log: MetricsLog
+    progress: Progress
+    stop: StopRequest
+    notes: list[str] = field(default_factory=list)
+
+    def say(self, text: str) -> None:
+        """Tell the person something once, and keep it for the report."""
+        if text not in self.notes:
+            self.notes.append(text)
+            if is_main():
+                print(text, flush=True)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One model to train: how it starts, and the stages it goes through."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    stages: list[Any]
+
+
+@dataclass
+class ArmResult:
+    """A trained arm: its model and its books."""
+
+    model: nn.Module
+    stages: list[StageResult]
+    seconds: float
+
+
+def run(recipe: Recipe, *, run_folder: Path | None = None, budget: float = 1.0, progress: bool = True) -> dict[str, Any]:
+    """Carry one recipe from teacher to report, continuing it if it was begun. Returns the report's facts."""
+    recipe = with_budget(recipe, budget)
+    folder = Path(run_folder or recipe.run_folder)
+    assembly.claim_run_folder(folder, recipe)
+    if (folder / "report.json").exists():
+        return read_json(folder / "report.json")
+    device = pick_device(recipe.runtime.device)
+    set_threads(recipe.runtime.threads)
+    try:
+        start_distributed(device)
+        with stop_on_signals() as stop:
+            work = open_run(recipe, folder, device, stop, show_progress=progress)
+            results: dict[str, ArmResult] = {}
+            for arm in arms_of(work, results):
+                results[arm.name] = train_arm(work, arm)
+            facts = judging.report(work, results) if is_main() else {}
+            wait_for_all()
+            return facts
+    finally:
+        stop_distributed()
+
+
+def open_run(recipe: Recipe, folder: Path, device: torch.device, stop: StopRequest, *, show_progress: bool) -> Run:
+    """Load teacher, tokenizer and text."""
+    teacher = assembly.open_teacher(recipe, device)
+    tokenizer = assembly.open_tokenizer(recipe, teacher, folder)
+    enough = int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
+    data = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.train, max_tokens=enough)
+    heldout = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.heldout, max_tokens=enough)
+    log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
+    return Run(recipe, folder, device, teacher, tokenizer, data, heldout, log, choose_progress(show_progress and is_main()), stop)
+
+
+def arms_of(work: Run, results: dict[str, ArmResult]) -> list[Arm]:
+    """The student first, then the controls that the recipe asks for. Each spends the student's tokens.
+
+    Controls are built after the student is trained, so that they have its final layout (`results` is read then).
+    """
+    recipe, stages = work.recipe, list(work.recipe.stages)
+    if work.teacher is None:
+        seed = derive_seed(recipe.seed, "student")
+        return [Arm("student", lambda: assembly.scratch_model(recipe, work.tokenizer, seed=seed), stages)]
+
+    def layout() -> list[str]:
+        return list(results["student"].model.config.mixers)
+
+    logit_stages = [stage for stage in stages if stage.kind != "align"]
+    arms = [Arm("student", lambda: students.initial_student(work), stages)]
+    if recipe.controls.from_scratch:
+        plain = assembly.as_tune(stages, recipe.total_tokens, is_new=True)
+        arms.append(Arm("from_scratch", lambda: students.random_student(work, layout()), [plain]))
+    if recipe.controls.copied and 0 < len(logit_stages) < len(stages):
+        longer = assembly.stretch(logit_stages, recipe.total_tokens)
+        arms.append(Arm("copied", lambda: students.student_with_layout(work, layout()), longer))
+    if recipe.controls.teacher_more:
+        plain = assembly.as_tune(stages, recipe.total_tokens, is_new=False)
+        arms.append(Arm("teacher_more", lambda: students.copy_of_teacher(work), [plain]))
+    return arms
+
+
+def train_arm(work: Run, arm: Arm) -> ArmResult:
+    """Take one arm through its stages, or read it back when that was done before."""
+    folder = work.folder / "arms" / arm.name
+    done = folder / "done.json"
+    if done.exists():
+        return read_arm(work, arm, folder)
+    begun = time.monotonic()
+    model = arm.build().to(work.device)
+    if work.recipe.runtime.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    results: list[StageResult] = []
+    sample = 0
+    for spec in arm.stages:
+        for plan in assembly.stage_plans(work.recipe, [spec], model, teacher_model(work)):
+            results.append(train_plan(work, arm, model, plan, sample, folder))
+            sample += results[-1].tokens // work.data.context_tokens
+        if spec.kind == "align":
+            model = students.keep_failed_layers(work, arm.name, model)
+    if is_main():
+        save_checkpoint(folder / "final", Checkpoint(0, {"model": dict(weights_of(model))}, {}), keep=1)
+        mixers = list(getattr(model.config, "mixers", []))
+        books = {"stages": [asdict(result) for result in results], "mixers": mixers, "wall_seconds": time.monotonic() - begun}
+        write_json(done, books)
+        for finished in folder.glob("*/checkpoints"):
+            shutil.rmtree(finished)
+    wait_for_all()
+    return ArmResult(model.eval(), results, sum(result.seconds for result in results))
+
+
+def read_arm(work: Run, arm: Arm, folder: Path) -> ArmResult:
+    """An arm that was finished before."""
+    books = read_json(folder / "done.json")
+    model = students.student_with_layout(work, books["mixers"]) if books["mixers"] else arm.build()
+    saved = newest_checkpoint(folder / "final")
+    assert saved is not None, "done.json is written after the weights"
+    load_weights(model, saved.tensors["model"])
+    stages = [StageResult(**stage) for stage in books["stages"]]
+    return ArmResult(model.to(work.device).eval(), stages, sum(stage.seconds for stage in stages))
+
+
+def train_plan(work: Run, arm: Arm, model: nn.Module, plan: assembly.StagePlan, first_sample: int, folder: Path) -> StageResult:
+    """Train one phase of one arm."""
+    assembly.freeze(model, plan)
+    if plan.spec.dropout is not None:
+        set_dropout(model, plan.spec.dropout)
+    power = students.target_power(work, plan.layers) if plan.layers is not None else {}
+    lesson = assembly.build_lesson(plan, model, teacher_model(work), power=power)
+    return train_stage(
+        lesson, work.data, plan.settings, folder=folder / plan.settings.name / "checkpoints", log=work.log, arm=arm.name,
+        seed=work.recipe.seed, device=work.device, first_sample=first_sample, progress=work.progress, stop=work.stop,
+    )  # fmt: skip
+
+
+def teacher_model(work: Run) -> nn.Module | None:
+    """The teacher's model, if the run has a teacher."""
+    return None if work.teacher is None else work.teacher.model

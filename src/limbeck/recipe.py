@@ -1,0 +1,331 @@
+"""Every option of a run, once.
+
+A recipe is data: what the teacher is, what the student looks like, which text, which stages, how it is judged. The
+models refuse unknown keys and values that cannot work; `recipe_io` reads them from YAML with line numbers. The
+descriptions become the JSON schema and the reference page.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from typing import Annotated, Any, Literal
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from limbeck.recipe_stages import AnyStage
+from limbeck.recipe_values import (
+    Count,
+    Device,
+    KeepAttention,
+    NonEmpty,
+    Part,
+    Problems,
+    RecipeProblems,
+    SafeName,
+    Whole,
+    bare_source,
+    refuse_problems,
+)
+
+
+class Teacher(Part):
+    """The model whose knowledge is transferred."""
+
+    source: NonEmpty = Field(
+        description="A hub id, a model folder, a .gguf file, or `embedded` (the one in the package)."
+    )
+    revision: str | None = Field(
+        default=None, description="Branch, tag or commit of a hub model; null takes the default branch."
+    )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        description="Number format of the teacher's weights; float32 is the fast one on most processors.",
+    )
+
+
+class Tokenizer(Part):
+    """How text becomes tokens; by default as the teacher does it."""
+
+    source: NonEmpty | None = Field(default=None, description="Hub id or folder; null takes the teacher's.")
+    train_vocab_size: Annotated[Count, Field(ge=260, le=1_000_000)] | None = Field(
+        default=None, description="Train a byte-level BPE of this many tokens on data.train; only without a teacher."
+    )
+
+    @model_validator(mode="after")
+    def _one_origin(self) -> Tokenizer:
+        if self.source is not None and self.train_vocab_size is not None:
+            raise RecipeProblems({"train_vocab_size": "give either source or train_vocab_size, not both"})
+        return self
+
+
+class Hyena(Part):
+    """The operator that takes the place of attention (Poli et al. 2023, arXiv:2302.10866)."""
+
+    order: Annotated[Count, Field(ge=2, le=8)] = Field(
+        default=2,
+        description="Number of gates N; there are N-1 long convolutions. 2 is the order the papers use for language.",
+    )
+    short_conv: Annotated[Count, Field(le=128)] = Field(
+        default=3, description="Taps of the short causal convolution on every projection (arXiv:2302.10866 uses 3)."
+    )
+    filter: Literal["implicit", "explicit", "modal"] = Field(
+        default="modal",
+        description="How the long filter is written: implicit (a sine network over positions, arXiv:2302.10866), "
+        "explicit (one number a tap), modal (a sum of damped oscillations, which decodes in constant memory).",
+    )
+    filter_options: dict[str, Any] = Field(
+        default_factory=dict, description="Options of the chosen filter, passed to its class as they are."
+    )
+
+
+class Student(Part):
+    """The model that is made."""
+
+    keep_attention: KeepAttention = Field(
+        default=0,
+        description="Layers that keep attention: a number of layers, a share between 0 and 1, or a list of layer "
+        "indices from 0. A quarter is the usual hybrid; 0 gives up exact recall.",
+    )
+    keep_rule: Literal["even", "first", "last", "measured"] = Field(
+        default="even",
+        description="Which layers keep attention when a number or share is given: evenly spaced, the first, the last, "
+        "or those whose fitted mixer leaves the largest held-out error.",
+    )
+    hyena: Hyena = Field(default=Hyena(), description="Options of the operator in every other layer.")
+    initialisation: Literal["calibrated", "copied", "random"] = Field(
+        default="calibrated",
+        description="Start of the new mixers: projections scaled and filters fitted to the teacher's attention on real "
+        "text, projections copied as they are, or random.",
+    )
+    failed_layers: Literal["keep", "swap"] = Field(
+        default="keep", description="Layers that align leaves no better than zero: keep their attention, or swap them."
+    )
+    calibration_tokens: Count = Field(default=16_384, description="Tokens of text that the calibrated start looks at.")
+    architecture: dict[str, Any] | None = Field(
+        default=None,
+        description="Without a teacher: the student's own configuration for transformers (model_type and its keys).",
+    )
+
+
+class Source(Part):
+    """A source of training text. A bare string is short for {source: that string}."""
+
+    source: NonEmpty = Field(
+        description="`factbook`, a path (.txt, .md, .jsonl, .parquet, or a folder of them), or a hub data set id."
+    )
+    split: NonEmpty = Field(
+        default="train",
+        description="train, heldout or all for files, train, valid or heldout for the factbook, else the hub's.",
+    )
+    field: NonEmpty = Field(default="text", description="The column or key that holds the text.")
+    config: str | None = Field(default=None, description="Configuration of a hub data set.")
+    weight: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="How often this source's tokens are used, relative to their number."
+    )
+
+
+class HeldoutSource(Source):
+    """A source of text that the student is judged on and never trained on."""
+
+    split: NonEmpty = Field(
+        default="heldout", description="As for training sources, but `heldout` unless said otherwise."
+    )
+
+
+AnySource = Annotated[Source, BeforeValidator(bare_source, json_schema_input_type=str | Source)]
+AnyHeldout = Annotated[HeldoutSource, BeforeValidator(bare_source, json_schema_input_type=str | HeldoutSource)]
+
+
+class Data(Part):
+    """The text."""
+
+    train: list[AnySource] = Field(min_length=1, description="Sources of training text.")
+    heldout: list[AnyHeldout] = Field(min_length=1, description="Sources of held-out text for measurements.")
+    context_tokens: Annotated[Count, Field(ge=8)] = Field(description="Tokens in one training window.")
+    cross_documents: bool = Field(
+        default=False, description="Let attention and convolution look across the documents packed into one window."
+    )
+
+
+class Controls(Part):
+    """The comparisons without which a figure proves little."""
+
+    from_scratch: bool = Field(default=True, description="The student from random weights, on as many tokens.")
+    copied: bool = Field(
+        default=True, description="The student from plainly copied projections, without align stages: what they add."
+    )
+    teacher_more: bool = Field(
+        default=True, description="The teacher itself, trained for the student's tokens on the same text."
+    )
+    floor: bool = Field(
+        default=True, description="The teacher with its attention set to zero: what the mixers are worth at all."
+    )
+
+
+class Speed(Part):
+    """How speed and memory are measured."""
+
+    context_lengths: list[Count] = Field(
+        default=[512, 2048, 8192], min_length=1, description="Prompt lengths, in tokens."
+    )
+    decode_tokens: Count = Field(default=16, description="Tokens decoded after each prompt.")
+    repeats: Annotated[Count, Field(le=1000)] = Field(default=3, description="Repetitions; the median counts.")
+
+
+class Evaluation(Part):
+    """How student, teacher and controls are judged."""
+
+    texts: list[AnyHeldout] | None = Field(default=None, description="Sources of text; null takes data.heldout.")
+    context_tokens: Annotated[Count, Field(ge=2)] | None = Field(
+        default=None, description="Tokens seen at once; null: data's."
+    )
+    stride_tokens: Count | None = Field(
+        default=None, description="Tokens between windows, at most the context; null takes the context (no overlap)."
+    )
+    max_tokens: Annotated[Count, Field(ge=16)] = Field(default=65_536, description="Most tokens scored in all.")
+    batch_sequences: Count = Field(default=8, description="Windows scored at a time.")
+    speed: Speed | None = Field(default=Speed(), description="Speed and memory by context; null skips them.")
+    prompts: list[NonEmpty] = Field(default=["The capital of"], description="Prompts that the report continues.")
+    sample_tokens: Count = Field(default=48, description="Tokens of each continuation.")
+
+
+class Runtime(Part):
+    """Where and how the run happens; none of it changes what is learnt."""
+
+    device: Device = Field(
+        default="auto", description="auto (an accelerator when there is one), cpu, cuda, cuda:0 or mps."
+    )
+    threads: Annotated[Count, Field(le=4096)] | None = Field(
+        default=None, description="Threads; null lets torch choose."
+    )
+    run_folder: NonEmpty | None = Field(default=None, description="Folder of the run; null takes runs/<name>.")
+    checkpoint_every_tokens: Count | None = Field(
+        default=None, description="Tokens between checkpoints; null takes a tenth of the stage."
+    )
+    keep_checkpoints: Count = Field(default=2, description="Checkpoints kept for each stage while it runs.")
+    gradient_checkpointing: bool = Field(
+        default=False, description="Compute activations twice and store them once: less memory."
+    )
+    compile: bool = Field(default=False, description="Compile the models with torch.compile.")
+
+
+class Recipe(Part):
+    """A Limbeck recipe: the whole of a distillation run."""
+
+    name: SafeName = Field(description="Name of the run; its folder is runs/<name>.")
+    seed: Annotated[Whole, Field(lt=2**32)] = Field(default=0, description="Seed of all that is random.")
+    teacher: Teacher | None = Field(description="The teacher; null pre-trains student.architecture from scratch.")
+    tokenizer: Tokenizer = Field(default=Tokenizer(), description="The tokenizer; the teacher's by default.")
+    student: Student = Field(default=Student(), description="The student.")
+    data: Data = Field(description="The text.")
+    stages: list[AnyStage] = Field(min_length=1, max_length=32, description="The stages of training, in order.")
+    controls: Controls = Field(default=Controls(), description="The comparisons that run beside the student.")
+    evaluation: Evaluation = Field(default=Evaluation(), description="How all of them are judged.")
+    runtime: Runtime = Field(default=Runtime(), description="Device, folder, checkpoints.")
+
+    @model_validator(mode="after")
+    def _parts_agree(self) -> Recipe:
+        problems = _teacher_problems(self) if self.teacher is not None else _scratch_problems(self)
+        refuse_problems(problems | _stage_problems(self) | _evaluation_problems(self))
+        return self
+
+    @property
+    def run_folder(self) -> str:
+        """Where the run lives unless the caller says otherwise."""
+        return self.runtime.run_folder or f"runs/{self.name}"
+
+    @property
+    def total_tokens(self) -> int:
+        """Tokens of all stages, in whole batches: what an equal-budget control may use."""
+        return sum(stage.steps * stage.batch_tokens for stage in self.stages)
+
+
+def with_budget(recipe: Recipe, factor: float) -> Recipe:
+    """The same recipe with every stage's tokens multiplied, at least one step each. 1 changes nothing."""
+    if factor == 1:
+        return recipe
+    stages = [
+        stage.model_copy(update={"tokens": max(stage.batch_tokens, round(stage.tokens * factor))})
+        for stage in recipe.stages
+    ]
+    return recipe.model_copy(update={"stages": stages})
+
+
+def _teacher_problems(recipe: Recipe) -> Problems:
+    problems: Problems = {}
+    if recipe.student.architecture is not None:
+        problems["student.architecture"] = (
+            "a student of a teacher has the teacher's architecture. Remove it, or set teacher: null"
+        )
+    if recipe.tokenizer.train_vocab_size is not None:
+        problems["tokenizer.train_vocab_size"] = "the student of a teacher uses the teacher's tokens. Remove it"
+    return problems
+
+
+def _scratch_problems(recipe: Recipe) -> Problems:
+    problems: Problems = {}
+    student, architecture = recipe.student, recipe.student.architecture
+    if architecture is None:
+        problems["teacher"] = "no teacher and no student.architecture: there is nothing to build. Give one of them"
+    elif not isinstance(architecture.get("model_type"), str):
+        problems["student.architecture"] = "model_type is missing: the name transformers gives it, such as gpt_neox"
+    if recipe.tokenizer.source is None and recipe.tokenizer.train_vocab_size is None:
+        problems["tokenizer"] = "without a teacher, give tokenizer.source or tokenizer.train_vocab_size"
+    if student.initialisation != "random":
+        problems["student.initialisation"] = (
+            f"{student.initialisation} needs a teacher's weights. Without one write random"
+        )
+    for name in ("keep_attention", "keep_rule", "hyena", "failed_layers"):
+        if getattr(student, name) != Student.model_fields[name].default:
+            problems[f"student.{name}"] = (
+                "without a teacher no attention is replaced: say it all in student.architecture"
+            )
+    for index, stage in enumerate(recipe.stages):
+        if stage.kind != "tune":
+            problems[f"stages.{index}.kind"] = f"{stage.kind} needs a teacher. Use tune, or give a teacher"
+    off = ", ".join(f"{name}: false" for name, wanted in recipe.controls if wanted)
+    if off:
+        problems["controls"] = f"without a teacher there is nothing to compare with. Write controls: {{{off}}}"
+    return problems
+
+
+def _stage_problems(recipe: Recipe) -> Problems:
+    problems: Problems = {}
+    context = recipe.data.context_tokens
+    folders = Counter(stage.name.casefold() for stage in recipe.stages)
+    for index, stage in enumerate(recipe.stages):
+        place = f"stages.{index}"
+        if folders[stage.name.casefold()] > 1:
+            problems[f"{place}.name"] = f'another stage is named "{stage.name}" too. Give each its own name'
+        sequences, rest = divmod(stage.batch_tokens, context)
+        if rest:
+            near = " or ".join(str(count * context) for count in (sequences, sequences + 1) if count)
+            problems[f"{place}.batch_tokens"] = (
+                f"{stage.batch_tokens} is not a multiple of data.context_tokens ({context}). Nearest: {near}"
+            )
+        elif stage.micro_batch_sequences is not None and stage.micro_batch_sequences > sequences:
+            problems[f"{place}.micro_batch_sequences"] = (
+                f"{stage.micro_batch_sequences} exceeds the {sequences} windows of a step"
+            )
+    return problems
+
+
+def _evaluation_problems(recipe: Recipe) -> Problems:
+    problems: Problems = {}
+    context = recipe.evaluation.context_tokens or recipe.data.context_tokens
+    stride = recipe.evaluation.stride_tokens
+    if stride is not None and stride > context:
+        problems["evaluation.stride_tokens"] = f"{stride} exceeds the context ({context}): text would be left out"
+    places = {"data.heldout": recipe.data.heldout, "evaluation.texts": recipe.evaluation.texts or []}
+    for place, sources in places.items():
+        for index, source in enumerate(sources):
+            if any(_overlap(source, trained) for trained in recipe.data.train):
+                problems[f"{place}.{index}"] = (
+                    f"{source.source} ({source.split}) is also trained on: its figures would mean nothing"
+                )
+    return problems
+
+
+def _overlap(one: Source, other: Source) -> bool:
+    same_text = (one.source, one.config) == (other.source, other.config)
+    return same_text and (one.split == other.split or "all" in (one.split, other.split))

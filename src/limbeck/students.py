@@ -1,0 +1,165 @@
+"""How each arm's model starts, and which layers may be swapped."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from limbeck import assembly
+from limbeck.core.files import read_json, write_json
+from limbeck.core.runtime import derive_seed, is_main, seed_everything, wait_for_all
+from limbeck.models.hybrid import HybridForCausalLM, build_student
+from limbeck.models.initialise import LayerFit, calibrate, capture, copy_projections, normalised_error, stack_documents
+from limbeck.models.surgery import find_attention
+from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from limbeck.train.trainer import load_weights, weights_of
+
+if TYPE_CHECKING:
+    from limbeck.pipeline import Run
+
+_HELDOUT_ROWS = 8
+
+
+def initial_student(work: Run) -> nn.Module:
+    """The student before any training: the teacher with mixers in place of attention, initialised as the recipe says.
+
+    Made once; a continued run and the `copied` control read the same weights back.
+    """
+    folder = work.folder / "arms" / "student" / "initial"
+    saved = newest_checkpoint(folder)
+    if saved is not None:
+        student = _blank(work, saved.facts["mixers"])
+        load_weights(student, saved.tensors["model"])
+        return student
+    mixers, fits, student = _prepare(work)
+    if is_main():
+        facts = {"mixers": mixers, "fits": [[fit.layer, fit.before, fit.after] for fit in fits]}
+        save_checkpoint(folder, Checkpoint(0, {"model": dict(weights_of(student))}, facts), keep=1)
+        write_json(work.folder / "layers.json", {"initial": facts["fits"], "mixers": mixers})
+    wait_for_all()
+    return student
+
+
+def _prepare(work: Run) -> tuple[list[str], list[LayerFit], HybridForCausalLM]:
+    words = work.recipe.student
+    teacher = work.teacher.model
+    layers = len(find_attention(teacher))
+    if words.keep_rule == "measured" and not isinstance(words.keep_attention, list) and words.keep_attention:
+        trial = _blank(work, ["hyena"] * layers)
+        errors = {fit.layer: fit.after for fit in _initialise(work, trial)}
+        mixers = assembly.mixer_list(work.recipe, layers, errors=errors)
+        student = _blank(work, mixers)
+        for layer, mixer in student.mixers().items():
+            mixer.load_state_dict(trial.mixers()[layer].state_dict())
+        return mixers, _measure_fits(work, student), student
+    mixers = assembly.mixer_list(work.recipe, layers)
+    student = _blank(work, mixers)
+    return mixers, _initialise(work, student), student
+
+
+def _blank(work: Run, mixers: Sequence[str]) -> HybridForCausalLM:
+    seed_everything(derive_seed(work.recipe.seed, "student"))
+    hyena = work.recipe.student.hyena.model_dump()
+    return build_student(work.teacher.model, mixers=list(mixers), hyena=hyena).to(work.device)
+
+
+def _initialise(work: Run, student: HybridForCausalLM) -> list[LayerFit]:
+    words = work.recipe.student
+    operators = {layer: mixer.operator for layer, mixer in student.mixers().items()}
+    if words.initialisation == "calibrated" and operators:
+        work.say(f"calibrating {len(operators)} mixers on {words.calibration_tokens:,} tokens")
+        batches = assembly.calibration_batches(work.data, tokens=words.calibration_tokens, device=work.device)
+        return calibrate(work.teacher.model, operators, batches, heldout_batches(work))
+    if words.initialisation == "copied":
+        sites = {site.layer_index: site for site in find_attention(work.teacher.model)}
+        for layer, operator in operators.items():
+            copy_projections(operator, sites[layer])
+    return _measure_fits(work, student)
+
+
+def _measure_fits(work: Run, student: HybridForCausalLM) -> list[LayerFit]:
+    errors = layer_errors(work, student)
+    return [LayerFit(layer, error, error) for layer, error in errors.items()]
+
+
+def random_student(work: Run, mixers: Sequence[str]) -> nn.Module:
+    """The student's architecture with nothing of the teacher in it: every weight drawn anew."""
+    from transformers import AutoModelForCausalLM
+
+    seed_everything(derive_seed(work.recipe.seed, "from_scratch"))
+    config = _blank(work, mixers).config
+    seed_everything(derive_seed(work.recipe.seed, "from_scratch"))
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(work.device)
+
+
+def student_with_layout(work: Run, mixers: Sequence[str], like: nn.Module | None = None) -> nn.Module:
+    """A student with these mixers; layers that `like` (or the saved start) has too take their weights from it."""
+    source = like if like is not None else initial_student(work)
+    if list(source.config.mixers) == list(mixers):
+        return source
+    student = _blank(work, mixers)
+    own = dict(weights_of(student))
+    with torch.no_grad():
+        for name, value in weights_of(source):
+            if name in own and own[name].shape == value.shape:
+                own[name].copy_(value)
+    return student
+
+
+def heldout_batches(work: Run) -> list[Any]:
+    """A few held-out windows for layer errors (never for training, nor for choosing settings of a run)."""
+    rows = min(_HELDOUT_ROWS, len(work.heldout.sources[0]))
+    most = max(1, min(8, work.heldout.tokens // (rows * work.heldout.context_tokens)))
+    return [work.heldout.batch(i * rows, rows).to(work.device) for i in range(most)]
+
+
+def layer_errors(work: Run, student: nn.Module) -> dict[int, float]:
+    """Held-out normalised MSE of every replaced layer, each fed the teacher's inputs."""
+    mixers = student.mixers()
+    if not mixers:
+        return {}
+    batches = heldout_batches(work)
+    modules = {site.layer_index: site.module for site in find_attention(work.teacher.model) if site.layer_index in mixers}
+    seen = capture(work.teacher.model, batches, modules)
+    documents_BT = stack_documents(batches)
+    return {layer: normalised_error(mixer.operator, *seen[layer], document_ids_BT=documents_BT) for layer, mixer in mixers.items()}
+
+
+def target_power(work: Run, layers: Sequence[int]) -> dict[int, float]:
+    """Mean square of the teacher's attention outputs by layer, on the first training windows: the scale of `align`."""
+    batches = [work.data.batch(i * 8, 8).to(work.device) for i in range(2)]
+    modules = {site.layer_index: site.module for site in find_attention(work.teacher.model) if site.layer_index in layers}
+    seen = capture(work.teacher.model, batches, modules)
+    return {layer: max(float(outputs.float().square().mean()), 1e-12) for layer, (_inputs, outputs) in seen.items()}
+
+
+def keep_failed_layers(work: Run, arm: str, student: nn.Module) -> nn.Module:
+    """After alignment: a layer whose held-out normalised MSE is 1 or more keeps its attention, and that is said.
+
+    With `student.failed_layers: swap` it is swapped all the same, and that is said too.
+    """
+    errors = layer_errors(work, student)
+    failed = sorted(layer for layer, error in errors.items() if not error < 1)
+    file = work.folder / "layers.json"
+    if arm == "student" and is_main():
+        known = read_json(file) if file.exists() else {}
+        write_json(file, known | {"aligned": [[layer, error] for layer, error in errors.items()], "failed": failed})
+    wait_for_all()
+    if not failed:
+        return student
+    listed = ", ".join(f"{layer} ({errors[layer]:.2f})" for layer in failed)
+    if work.recipe.student.failed_layers == "swap":
+        work.say(f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1) and are swapped in as the recipe asks")
+        return student
+    work.say(f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1): they keep their attention")
+    mixers = ["attention" if layer in failed else word for layer, word in enumerate(student.config.mixers)]
+    return student_with_layout(work, mixers, like=student)
+
+
+def copy_of_teacher(work: Run) -> nn.Module:
+    """The teacher itself, to be trained further."""
+    return copy.deepcopy(work.teacher.model).requires_grad_(True)

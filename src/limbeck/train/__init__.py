@@ -1,0 +1,1 @@
+"""Stages, the loop that runs them, optimisers and checkpoints."""

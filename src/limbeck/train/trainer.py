@@ -1,0 +1,288 @@
+"""The loop, once: for every stage, on one device or many.
+
+Every random choice is drawn from (seed, stage, update, rank), and data order is a function of the sample number, so a
+run stopped anywhere and continued gives the same weights as one that was not, bit for bit on a CPU.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from limbeck.core.errors import RecipeError, TrainingError
+from limbeck.core.runtime import StopRequest, derive_seed, is_main, rank, seed_everything, wait_for_all, world_size
+from limbeck.core.types import Batch
+from limbeck.data.order import Mixture
+from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from limbeck.train.metrics import MetricsLog, Progress, SilentProgress
+from limbeck.train.optim import OptimizerSet, Schedule, build_optimizer, learning_rate_scale
+
+
+class Lesson(Protocol):
+    """See `stages`: a module that turns a batch into a summed loss and the sums of its terms."""
+
+    student: nn.Module
+
+    def count(self, batch: Batch) -> int:
+        """Tokens that the loss sums over."""
+
+    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Summed loss and terms."""
+
+
+@dataclass(frozen=True)
+class StageSettings:
+    """How one stage is trained. Meanings and units as in the recipe; `flops_per_token` is for the books."""
+
+    name: str
+    tokens: int
+    batch_tokens: int
+    micro_batch_sequences: int | None = None
+    optimizer: str = "adamw"
+    learning_rate: float = 1e-3
+    mixer_learning_rate: float | None = None
+    weight_decay: float = 0.1
+    betas: tuple[float, float] = (0.9, 0.95)
+    schedule: Schedule = "cosine"
+    warmup_share: float = 0.04
+    decay_share: float = 0.2
+    final_share: float = 0.05
+    clip_norm: float | None = 1.0
+    ema_decay: float | None = None
+    checkpoint_every_tokens: int | None = None
+    keep_checkpoints: int = 2
+    mixer_names: frozenset[str] = frozenset()
+    flops_per_token: float = 0.0
+
+
+@dataclass
+class StageResult:
+    """What a stage cost and how its loss went: `curve` is [tokens, loss] pairs."""
+
+    name: str
+    tokens: int
+    seconds: float
+    flops: float
+    final_loss: float
+    curve: list[list[float]] = field(default_factory=list)
+    terms: dict[str, float] = field(default_factory=dict)
+
+
+def train_stage(
+    lesson: Lesson,
+    data: Mixture,
+    settings: StageSettings,
+    *,
+    folder: Path,
+    log: MetricsLog,
+    arm: str,
+    seed: int,
+    device: torch.device,
+    first_sample: int = 0,
+    progress: Progress | None = None,
+    stop: StopRequest | None = None,
+) -> StageResult:
+    """Train one stage to its token budget, from its newest checkpoint if there is one.
+
+    first_sample: the number of the first row in the global order (rows seen by earlier stages lie before it). On
+    return the student holds the stage's weights (their moving average where `ema_decay` is set).
+
+    Raises: TrainingError when the loss or gradient is not finite (the last checkpoint stays as it is);
+    SystemExit after saving when `stop` was set.
+    """
+    progress, stop = progress or SilentProgress(), stop or StopRequest()
+    stage = _Stage(lesson, data, settings, folder=folder, log=log, arm=arm, seed=seed, device=device)
+    stage.resume()
+    progress.start(f"{arm} · {settings.name}", stage.steps * settings.batch_tokens, stage.step * settings.batch_tokens)
+    try:
+        while stage.step < stage.steps:
+            loss = stage.update(first_sample)
+            progress.advance(settings.batch_tokens, f"loss {loss:.3f}")
+            if stage.is_checkpoint_due() or stage.step == stage.steps or stop.exit_code is not None:
+                stage.save()
+            if stop.exit_code is not None and stage.step < stage.steps:
+                raise SystemExit(stop.exit_code)
+    finally:
+        progress.finish()
+    stage.use_average()
+    return stage.result()
+
+
+class _Stage:
+    """The state of one stage while it is trained."""
+
+    def __init__(
+        self, lesson: Lesson, data: Mixture, settings: StageSettings, *, folder: Path, log: MetricsLog, arm: str, seed: int, device: torch.device
+    ):  # fmt: skip
+        self.lesson, self.data, self.settings, self.folder = lesson, data, settings, folder
+        self.log, self.arm, self.seed, self.device = log, arm, seed, device
+        self.rows = settings.batch_tokens // data.context_tokens
+        if self.rows % world_size():
+            raise RecipeError(
+                f"stages.{settings.name}.batch_tokens = {settings.batch_tokens} is {self.rows} windows of {data.context_tokens} tokens, "
+                f"which {world_size()} processes cannot share equally. Use a multiple of {world_size() * data.context_tokens}."
+            )
+        self.steps = max(1, settings.tokens // settings.batch_tokens)
+        self.step, self.seconds = 0, 0.0
+        self.last_terms: dict[str, float] = {}
+        self.trained = {name: p for name, p in lesson.student.named_parameters() if p.requires_grad}
+        self.optimizer: OptimizerSet = build_optimizer(
+            self.trained.items(), kind=settings.optimizer, learning_rate=settings.learning_rate,
+            mixer_learning_rate=settings.mixer_learning_rate, mixer_names=settings.mixer_names,
+            weight_decay=settings.weight_decay, betas=settings.betas,
+        )  # fmt: skip
+        self.average = {name: p.detach().clone() for name, p in self.trained.items()} if settings.ema_decay else {}
+        self.runner: Any = lesson
+        if world_size() > 1:
+            ids = [device.index] if device.type == "cuda" else None
+            self.runner = DistributedDataParallel(lesson, device_ids=ids, broadcast_buffers=False)  # type: ignore[arg-type]
+
+    def resume(self) -> None:
+        """Go to the newest intact checkpoint, if any."""
+        checkpoint = newest_checkpoint(self.folder)
+        if checkpoint is None:
+            if is_main():
+                self.log.rewind(arm=self.arm, stage=self.settings.name, step=0)
+            return
+        load_weights(self.lesson.student, checkpoint.tensors["model"])
+        self.optimizer.load_state_tensors(checkpoint.tensors.get("optimizer", {}))
+        for name, value in checkpoint.tensors.get("average", {}).items():
+            self.average[name].copy_(value)
+        self.step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
+        self.last_terms = checkpoint.facts["terms"]
+        if is_main():
+            self.log.rewind(arm=self.arm, stage=self.settings.name, step=self.step)
+
+    def update(self, first_sample: int) -> float:
+        """One optimiser update on the next global batch. Returns the mean loss of this process's part."""
+        begun = time.monotonic()
+        settings = self.settings
+        seed_everything(derive_seed(self.seed, self.arm, settings.name, self.step, rank()))
+        self.lesson.student.train()
+        whole = self.data.batch(first_sample + self.step * self.rows, self.rows)
+        count = max(1, self.lesson.count(whole))
+        sums: dict[str, Tensor] = {}
+        self.optimizer.zero_grad()
+        parts = list(_split(whole, settings.micro_batch_sequences))
+        for number, part in enumerate(parts):
+            quiet = self.runner.no_sync() if world_size() > 1 and number < len(parts) - 1 else nullcontext()
+            with quiet:
+                loss, terms = self.runner(part.to(self.device))
+                (loss * (world_size() / count)).backward()
+            for name, value in {"loss": loss.detach(), **terms}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        means = self._means(sums, count)
+        limit = math.inf if settings.clip_norm is None else settings.clip_norm
+        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), limit, foreach=True))
+        self._check_finite(means["loss"], norm)
+        scale = learning_rate_scale(
+            self.step, self.steps, schedule=settings.schedule, warmup_share=settings.warmup_share,
+            decay_share=settings.decay_share, final_share=settings.final_share,
+        )  # fmt: skip
+        self.optimizer.step(scale=scale)
+        self.step += 1
+        self._move_average()
+        self.seconds += time.monotonic() - begun
+        self.last_terms = means
+        if is_main() and (self.step % max(1, self.steps // 200) == 0 or self.step == self.steps):
+            tokens = self.step * settings.batch_tokens
+            self.log.write(arm=self.arm, stage=settings.name, step=self.step, tokens=tokens, gradient_norm=norm, **means)
+        return means["loss"]
+
+    def _means(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
+        values = torch.stack([value.float() for value in sums.values()])
+        if world_size() > 1:
+            torch.distributed.all_reduce(values)
+        return dict(zip(sums, (values / count).tolist(), strict=True))
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(norm):
+            return
+        raise TrainingError(
+            f"{self.arm}, stage {self.settings.name}, update {self.step + 1} of {self.steps}: the loss is {loss} and the gradient norm {norm}. "
+            f"Nothing was overwritten: the last checkpoint is in {self.folder}. Lower this stage's learning_rate "
+            f"(it is {self.settings.learning_rate:g}) or clip_norm, and run into a new run folder."
+        )
+
+    def _move_average(self) -> None:
+        if not self.average:
+            return
+        decay = min(self.settings.ema_decay or 0.0, (1 + self.step) / (10 + self.step))
+        with torch.no_grad():
+            torch._foreach_lerp_(list(self.average.values()), [self.trained[name].detach() for name in self.average], 1 - decay)
+
+    def is_checkpoint_due(self) -> bool:
+        """Whether the token interval between checkpoints has just been passed."""
+        every = self.settings.checkpoint_every_tokens or max(self.settings.batch_tokens, self.settings.tokens // 10)
+        return self.step % max(1, every // self.settings.batch_tokens) == 0
+
+    def save(self) -> None:
+        """Write a checkpoint (one process writes, all wait)."""
+        if is_main():
+            tensors = {"model": dict(weights_of(self.lesson.student)), "optimizer": self.optimizer.state_tensors()}
+            if self.average:
+                tensors["average"] = self.average
+            facts = {"seconds": self.seconds, "terms": self.last_terms, "arm": self.arm, "stage": self.settings.name}
+            save_checkpoint(self.folder, Checkpoint(self.step, tensors, facts), keep=self.settings.keep_checkpoints)
+        wait_for_all()
+
+    def use_average(self) -> None:
+        """Put the moving average in the student's weights, if one was kept."""
+        with torch.no_grad():
+            for name, value in self.average.items():
+                self.trained[name].copy_(value)
+        self.lesson.student.eval()
+
+    def result(self) -> StageResult:
+        """The stage's books."""
+        name = self.settings.name
+        lines = [line for line in self.log.lines() if (line["arm"], line["stage"]) == (self.arm, name)]
+        tokens = self.steps * self.settings.batch_tokens
+        return StageResult(
+            name=name, tokens=tokens, seconds=self.seconds, flops=tokens * self.settings.flops_per_token,
+            final_loss=self.last_terms.get("loss", math.nan), curve=[[line["tokens"], line["loss"]] for line in lines], terms=self.last_terms,
+        )  # fmt: skip
+
+
+def _split(batch: Batch, micro_rows: int | None) -> Iterator[Batch]:
+    """This process's rows of the global batch, in micro-batches."""
+    rows = batch.input_ids_BT.shape[0] // world_size()
+    first = rank() * rows
+    step = micro_rows or rows
+    for low in range(first, first + rows, step):
+        part = slice(low, min(low + step, first + rows))
+        documents, positions = batch.document_ids_BT, batch.position_ids_BT
+        yield Batch(
+            batch.input_ids_BT[part], batch.loss_mask_BT[part],
+            None if documents is None else documents[part], None if positions is None else positions[part],
+        )  # fmt: skip
+
+
+def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Every parameter once (tied ones under their first name) and every buffer that is saved."""
+    yield from model.named_parameters()
+    saved = model.state_dict(keep_vars=True)
+    yield from ((name, buffer) for name, buffer in model.named_buffers() if name in saved)
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Copy saved weights into a model of the same shape.
+
+    Raises: TrainingError when the names differ: the checkpoint belongs to another model.
+    """
+    own = dict(weights_of(model))
+    if set(own) != set(tensors):
+        different = sorted(set(own) ^ set(tensors))[:4]
+        raise TrainingError(f"the checkpoint belongs to another model: it differs in {', '.join(different)}.")
+    with torch.no_grad():
+        for name, tensor in own.items():
+            tensor.copy_(tensors[name])

@@ -12,13 +12,9 @@ __version__ = "0.1.0"
 
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_config(_module: object) -> None:
-    from limbeck.models.config import register_config
-
-    register_config()
+    import limbeck.models.config  # noqa: F401  (registers itself)
 
 
 @when_imported("transformers.models.auto.modeling_auto")
 def _register_model(_module: object) -> None:
-    from limbeck.models.hybrid import register_model
-
-    register_model()
+    import limbeck.models.hybrid  # noqa: F401  (registers itself)

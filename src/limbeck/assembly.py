@@ -109,7 +109,7 @@ def open_tokenizer(recipe: Recipe, teacher: LoadedTeacher | None, folder: Path) 
 
 def text_source(words: Any) -> TextSource:
     """A recipe's source as the data room's."""
-    return TextSource(words.source, words.split, words.field, words.config, words.weight)
+    return TextSource(words.source, words.split, words.field, words.config, words.weight, words.rows)
 
 
 def open_data(recipe: Recipe, tokenizer: Any, folder: Path, *, sources: Sequence[Any], max_tokens: int) -> Mixture:

@@ -47,7 +47,7 @@ class Tokenizer(Part):
     """How text becomes tokens; by default as the teacher does it."""
 
     source: NonEmpty | None = Field(default=None, description="Hub id or folder; null takes the teacher's.")
-    train_vocab_size: Annotated[Count, Field(ge=260, le=1_000_000)] | None = Field(
+    train_vocab_size: Annotated[int, Field(ge=260, le=1_000_000), Whole] | None = Field(
         default=None, description="Train a byte-level BPE of this many tokens on data.train; only without a teacher."
     )
 
@@ -61,11 +61,14 @@ class Tokenizer(Part):
 class Hyena(Part):
     """The operator that takes the place of attention (Poli et al. 2023, arXiv:2302.10866)."""
 
-    order: Annotated[Count, Field(ge=2, le=8)] = Field(
+    order: Annotated[int, Field(ge=2, le=8), Whole] = Field(
         default=2,
         description="Number of gates N; there are N-1 long convolutions. 2 is the order the papers use for language.",
     )
-    short_conv: Annotated[Count, Field(le=128)] = Field(
+    expand: Annotated[int, Field(ge=1, le=16), Whole] = Field(
+        default=1, description="Inner channels, as a multiple of the attention's heads times head width."
+    )
+    short_conv: Annotated[int, Field(ge=1, le=128), Whole] = Field(
         default=3, description="Taps of the short causal convolution on every projection (arXiv:2302.10866 uses 3)."
     )
     filter: Literal["implicit", "explicit", "modal"] = Field(
@@ -97,10 +100,12 @@ class Student(Part):
         description="Start of the new mixers: projections scaled and filters fitted to the teacher's attention on real "
         "text, projections copied as they are, or random.",
     )
-    failed_layers: Literal["keep", "swap"] = Field(
-        default="keep", description="Layers that align leaves no better than zero: keep their attention, or swap them."
-    )
     calibration_tokens: Count = Field(default=16_384, description="Tokens of text that the calibrated start looks at.")
+    failed_layers: Literal["keep", "swap"] = Field(
+        default="keep",
+        description="A layer that fits no better than an output of zero after alignment (held-out normalised MSE of 1 or "
+        "more) keeps its attention, or is swapped all the same; the report says which.",
+    )
     architecture: dict[str, Any] | None = Field(
         default=None,
         description="Without a teacher: the student's own configuration for transformers (model_type and its keys).",
@@ -115,10 +120,14 @@ class Source(Part):
     )
     split: NonEmpty = Field(
         default="train",
-        description="train, heldout or all for files, train, valid or heldout for the factbook, else the hub's.",
+        description="train, heldout (every 50th document) or all; the factbook has valid too, a hub data set its own splits.",
     )
     field: NonEmpty = Field(default="text", description="The column or key that holds the text.")
     config: str | None = Field(default=None, description="Configuration of a hub data set.")
+    rows: Literal["documents", "lines"] = Field(
+        default="documents",
+        description="Each row is a document, or rows are lines of running text to be gathered (as WikiText's are).",
+    )
     weight: Annotated[float, Field(gt=0)] = Field(
         default=1.0, description="How often this source's tokens are used, relative to their number."
     )
@@ -137,11 +146,11 @@ AnyHeldout = Annotated[HeldoutSource, BeforeValidator(bare_source, json_schema_i
 
 
 class Data(Part):
-    """The text."""
+    """Which text, and how it is cut into windows."""
 
     train: list[AnySource] = Field(min_length=1, description="Sources of training text.")
     heldout: list[AnyHeldout] = Field(min_length=1, description="Sources of held-out text for measurements.")
-    context_tokens: Annotated[Count, Field(ge=8)] = Field(description="Tokens in one training window.")
+    context_tokens: Annotated[int, Field(ge=8), Whole] = Field(description="Tokens in one training window.")
     cross_documents: bool = Field(
         default=False, description="Let attention and convolution look across the documents packed into one window."
     )
@@ -169,20 +178,22 @@ class Speed(Part):
         default=[512, 2048, 8192], min_length=1, description="Prompt lengths, in tokens."
     )
     decode_tokens: Count = Field(default=16, description="Tokens decoded after each prompt.")
-    repeats: Annotated[Count, Field(le=1000)] = Field(default=3, description="Repetitions; the median counts.")
+    repeats: Annotated[int, Field(ge=1, le=1000), Whole] = Field(
+        default=3, description="Repetitions; the median counts."
+    )
 
 
 class Evaluation(Part):
     """How student, teacher and controls are judged."""
 
     texts: list[AnyHeldout] | None = Field(default=None, description="Sources of text; null takes data.heldout.")
-    context_tokens: Annotated[Count, Field(ge=2)] | None = Field(
+    context_tokens: Annotated[int, Field(ge=2), Whole] | None = Field(
         default=None, description="Tokens seen at once; null: data's."
     )
     stride_tokens: Count | None = Field(
         default=None, description="Tokens between windows, at most the context; null takes the context (no overlap)."
     )
-    max_tokens: Annotated[Count, Field(ge=16)] = Field(default=65_536, description="Most tokens scored in all.")
+    max_tokens: Annotated[int, Field(ge=16), Whole] = Field(default=65_536, description="Most tokens scored in all.")
     batch_sequences: Count = Field(default=8, description="Windows scored at a time.")
     speed: Speed | None = Field(default=Speed(), description="Speed and memory by context; null skips them.")
     prompts: list[NonEmpty] = Field(default=["The capital of"], description="Prompts that the report continues.")
@@ -195,7 +206,7 @@ class Runtime(Part):
     device: Device = Field(
         default="auto", description="auto (an accelerator when there is one), cpu, cuda, cuda:0 or mps."
     )
-    threads: Annotated[Count, Field(le=4096)] | None = Field(
+    threads: Annotated[int, Field(ge=1, le=4096), Whole] | None = Field(
         default=None, description="Threads; null lets torch choose."
     )
     run_folder: NonEmpty | None = Field(default=None, description="Folder of the run; null takes runs/<name>.")
@@ -213,7 +224,7 @@ class Recipe(Part):
     """A Limbeck recipe: the whole of a distillation run."""
 
     name: SafeName = Field(description="Name of the run; its folder is runs/<name>.")
-    seed: Annotated[Whole, Field(lt=2**32)] = Field(default=0, description="Seed of all that is random.")
+    seed: Annotated[int, Field(ge=0, lt=2**32), Whole] = Field(default=0, description="Seed of all that is random.")
     teacher: Teacher | None = Field(description="The teacher; null pre-trains student.architecture from scratch.")
     tokenizer: Tokenizer = Field(default=Tokenizer(), description="The tokenizer; the teacher's by default.")
     student: Student = Field(default=Student(), description="The student.")

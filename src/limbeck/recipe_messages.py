@@ -151,7 +151,12 @@ def _wrong_type(expected: str) -> Callable[[ErrorDetails], str]:
 
 
 def _limit(words: str, key: str) -> Callable[[ErrorDetails], str]:
-    return lambda details: f"must be {words} {details['ctx'][key]}, got {_show(details['input'])}."
+    def text(details: ErrorDetails) -> str:
+        limit = details["ctx"][key]
+        shown = f"{limit:g}" if isinstance(limit, float) else limit
+        return f"must be {words} {shown}, got {_show(details['input'])}."
+
+    return text
 
 
 def _choice_text(details: ErrorDetails) -> str:

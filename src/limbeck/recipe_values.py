@@ -71,8 +71,10 @@ def bare_source(value: Any) -> Any:
     return {"source": value} if isinstance(value, str) else value
 
 
-Whole = Annotated[int, BeforeValidator(_whole), Field(ge=0)]
-Count = Annotated[int, BeforeValidator(_whole), Field(gt=0)]
+Whole = BeforeValidator(_whole)
+"""Last in an annotation of int (after its limits, so that they reach the JSON schema): 3e5 is a whole number too."""
+
+Count = Annotated[int, Field(gt=0), Whole]
 Rate = Annotated[float, Field(gt=0, le=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 SafeName = Annotated[str, AfterValidator(_safe_name), Field(json_schema_extra={"pattern": f"^{_SAFE_NAME}$"})]

@@ -7,6 +7,7 @@ without end, deep nesting and huge files are refused before they cost anything.
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -61,8 +62,7 @@ def parse_yaml(text: str, *, name: str) -> tuple[Any, dict[Place, int]]:
         _check_budget(text, name)
         node = YAML(typ="safe", pure=True).compose(text)
     except MarkedYAMLError as error:
-        mark = error.problem_mark or error.context_mark
-        raise RecipeError(f"{name}:{mark.line + 1 if mark else 1}: not YAML: {_explain(error)}") from error
+        raise RecipeError(f"{name}:{_line_of(error)}: not YAML: {_explain(error)}") from error
     except ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         raise RecipeError(
@@ -76,11 +76,18 @@ def parse_yaml(text: str, *, name: str) -> tuple[Any, dict[Place, int]]:
     return _Builder(name, lines).build(node, (), 0), lines
 
 
+def _line_of(error: MarkedYAMLError) -> int:
+    """Where to look: what was begun and never ended is at fault where it began."""
+    unended = error.context_mark and re.search("could not find expected|end of stream|stream end", str(error.problem))
+    mark = error.context_mark if unended else error.problem_mark or error.context_mark
+    return mark.line + 1 if mark else 1
+
+
 def _explain(error: MarkedYAMLError) -> str:
     parts = [part for part in (error.context, error.problem) if part]
     tab = " Indent with spaces, never with tabs." if r"'\t'" in str(error.problem) else ""
-    began = error.context_mark
-    since = f" (begun on line {began.line + 1})" if began and began.line != error.problem_mark.line else ""
+    began = error.context_mark.line + 1 if error.context_mark else None
+    since = "" if began in (None, _line_of(error)) else f" (begun on line {began})"
     return ", ".join(parts).replace("\n", " ") + since + "." + tab
 
 

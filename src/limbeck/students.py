@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import derive_seed, is_main, seed_everything, wait_for_all
 from limbeck.models.hybrid import HybridForCausalLM, build_student
 from limbeck.models.initialise import LayerFit, calibrate, capture, copy_projections, normalised_error, stack_documents
-from limbeck.models.surgery import find_attention
+from limbeck.models.surgery import find_attention, head_shape
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from limbeck.train.trainer import load_weights, weights_of
 
@@ -64,6 +65,9 @@ def _prepare(work: Run) -> tuple[list[str], list[LayerFit], HybridForCausalLM]:
 def _blank(work: Run, mixers: Sequence[str]) -> HybridForCausalLM:
     seed_everything(derive_seed(work.recipe.seed, "student"))
     hyena = work.recipe.student.hyena.model_dump()
+    expand = hyena.pop("expand")
+    if expand != 1:
+        hyena["inner_width"] = expand * math.prod(head_shape(find_attention(work.teacher.model)[0]))
     return build_student(work.teacher.model, mixers=list(mixers), hyena=hyena).to(work.device)
 
 

@@ -77,3 +77,10 @@ def test_missing_files_and_folders(tmp_path):
 def test_unreachable_hub_says_what_to_do():
     with pytest.raises(DataError, match="give the path of a local"):
         list(read_documents(TextSource("nobody/no-such-data-set")))
+
+
+def test_rows_that_are_lines_are_gathered(tmp_path):
+    lines = ["= Title =", "word " * 450, "", "= Next =", "end"]
+    (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": line}) for line in lines))
+    rows = list(read_documents(TextSource(str(tmp_path / "a.jsonl"), split="all", rows="lines")))
+    assert rows == ["= Title =\n" + "word " * 450 + "\n", "\n= Next =\nend\n"]

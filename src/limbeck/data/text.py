@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from limbeck.data.factbook import read_factbook
 
 _SUFFIXES = (".txt", ".md", ".jsonl", ".parquet")
 _HELDOUT_EVERY = 50
+_OUR_SPLITS = ("train", "heldout", "all")
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class TextSource:
     field: str = "text"
     config: str | None = None
     weight: float = 1.0
+    rows: str = "documents"
 
 
 def read_documents(source: TextSource) -> Iterator[str]:
@@ -40,15 +42,38 @@ def read_documents(source: TextSource) -> Iterator[str]:
         return
     path = Path(source.source).expanduser()
     if path.exists():
-        yield from _pick_split(_read_path(path, source.field), source.split, name=source.source)
+        documents = _as_documents(_read_path(path, source.field), source)
+        yield from _pick_split(documents, source.split, name=source.source)
     elif path.suffix in _SUFFIXES or source.source.startswith((".", "/", "~")):
         raise DataError(f"text source {source.source}: no such file or folder. Give an existing path, or a hub data set id.")
     else:
-        yield from _read_hub(source)
+        own_split = source.split in _OUR_SPLITS
+        documents = _as_documents(_read_hub(source, split="train" if own_split else source.split), source)
+        yield from _pick_split(documents, source.split, name=source.source) if own_split else documents
+
+
+def _as_documents(rows: Iterator[str], source: TextSource) -> Iterator[str]:
+    if source.rows == "lines":
+        return _gather(row if row.endswith("\n") else row + "\n" for row in rows)
+    return (row for row in rows if row)
+
+
+def _gather(lines: Iterable[str]) -> Iterator[str]:
+    """Lines of running text in documents: a new one begins at the first blank line once 2,000 characters have gathered."""
+    gathered: list[str] = []
+    size = 0
+    for line in lines:
+        if not line.strip() and size >= 2000:
+            yield "".join(gathered)
+            gathered, size = [], 0
+        gathered.append(line)
+        size += len(line)
+    if "".join(gathered).strip():
+        yield "".join(gathered)
 
 
 def _pick_split(documents: Iterator[str], split: str, *, name: str) -> Iterator[str]:
-    if split not in ("train", "heldout", "all"):
+    if split not in _OUR_SPLITS:
         raise DataError(f'text source {name}: files have the splits train, heldout and all, not "{split}".')
     for index, document in enumerate(documents):
         is_heldout = index % _HELDOUT_EVERY == _HELDOUT_EVERY - 1
@@ -70,19 +95,8 @@ def _read_path(path: Path, field: str) -> Iterator[str]:
 
 
 def _read_plain(path: Path, field: str) -> Iterator[str]:
-    """A plain file in articles: a new document begins at each blank-line break once 2,000 characters have gathered."""
-    gathered: list[str] = []
-    size = 0
     with open(path, "rb") as stream:
-        for number, raw in enumerate(stream, start=1):
-            line = _decode(raw, path, number)
-            if not line.strip() and size >= 2000:
-                yield "".join(gathered)
-                gathered, size = [], 0
-            gathered.append(line)
-            size += len(line)
-    if "".join(gathered).strip():
-        yield "".join(gathered)
+        yield from _gather(_decode(raw, path, number) for number, raw in enumerate(stream, start=1))
 
 
 def _decode(raw: bytes, path: Path, number: int) -> str:
@@ -126,26 +140,26 @@ def _take_field(row: object, field: str, *, where: str) -> Iterator[str]:
         found = ", ".join(map(str, row)) if isinstance(row, dict) else type(row).__name__
         raise DataError(f'{where}: no field "{field}" (found: {found}). Set `field` to the one that holds the text.')
     value = row[field]
-    if value is None or value == "":
+    if value is None:
         return
     if not isinstance(value, str):
         raise DataError(f'{where}: field "{field}" holds {type(value).__name__}, not text.')
     yield value
 
 
-def _read_hub(source: TextSource) -> Iterator[str]:
+def _read_hub(source: TextSource, *, split: str) -> Iterator[str]:
     import datasets
 
     try:
-        rows = datasets.load_dataset(source.source, source.config, split=source.split, streaming=True)
+        rows = datasets.load_dataset(source.source, source.config, split=split, streaming=True)
         for row in rows:
-            yield from _take_field(row, source.field, where=f"{source.source}[{source.split}]")
+            yield from _take_field(row, source.field, where=f"{source.source}[{split}]")
     except DataError:
         raise
     except Exception as error:
         first = (str(error) or type(error).__name__).splitlines()[0][:300]
         raise DataError(
-            f"text source {source.source} (config {source.config}, split {source.split}): cannot be read from the hub: {first} "
+            f"text source {source.source} (config {source.config}, split {split}): cannot be read from the hub: {first} "
             "Check the name and the network, or download it and give the path of a local .jsonl or .parquet file."
         ) from error
 

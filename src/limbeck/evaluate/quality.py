@@ -6,7 +6,7 @@ Two models may only be compared when they scored the same text in the same way, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from limbeck.core.errors import DataError, TeacherError
-from limbeck.evaluate.scoring import make_plan, ratio_standard_error, scored_logits
+from limbeck.evaluate.scoring import MIN_DOCUMENT_BLOCKS, make_plan, ratio_standard_error, scored_logits
 
 
 @dataclass(frozen=True)
@@ -169,6 +169,38 @@ def compare_models(
         top1_standard_error=ratio_standard_error(plan.sum_blocks(agreement), blocks),
         tokens=int(tokens.sum()),
         protocol=plan.protocol,
+    )
+
+
+def pool_scores(scores: Sequence[TextScore]) -> TextScore:
+    """One score for several texts together: every token counts the same, whichever text it is from.
+
+    The blocks of all texts make the standard error; the protocol is the first text's, with the counts added up.
+
+    Raises: DataError when there is no score.
+    """
+    if not scores:
+        raise DataError("there is no score to pool: expected at least one text.")
+    if len(scores) == 1:
+        return scores[0]
+    block_nats = tuple(nats for score in scores for nats in score.block_nats)
+    block_tokens = tuple(tokens for score in scores for tokens in score.block_tokens)
+    added = {key: sum(score.protocol[key] for score in scores) for key in ("documents_given", "documents_scored")}
+    error = {
+        "standard_error": f"between {len(block_nats)} blocks of {len(scores)} texts: documents where a text has "
+        f"{MIN_DOCUMENT_BLOCKS} or more, else windows"
+    }
+    return TextScore(
+        nats=sum(score.nats for score in scores),
+        tokens=sum(score.tokens for score in scores),
+        words=sum(score.words for score in scores),
+        bytes=sum(score.bytes for score in scores),
+        standard_error_nats=ratio_standard_error(
+            torch.tensor(block_nats, dtype=torch.float64), torch.tensor(block_tokens, dtype=torch.float64)
+        ),
+        protocol=scores[0].protocol | {"texts": len(scores)} | added | error,
+        block_nats=block_nats,
+        block_tokens=block_tokens,
     )
 
 

@@ -57,10 +57,10 @@ def render_html(facts: ReportFacts) -> str:
     drawings = {
         "loss": figures.loss_curves(facts),
         "layers": figures.layer_errors(facts),
-        "tradeoff": figures.quality_against_speed(facts),
         "cost": figures.cost_against_context(facts),
+        "tradeoff": figures.quality_against_speed(facts),
     }
-    drawn = {name: None if svg is None else Markup(svg) for name, svg in drawings.items()}
+    drawn = {name: [Markup(svg) for svg in panels] for name, panels in drawings.items()}
     return environment.get_template("report.html.j2").render(**_content(facts), style=style, figures=drawn)
 
 
@@ -74,7 +74,7 @@ def render_markdown(facts: ReportFacts) -> str:
         lstrip_blocks=True,
         finalize=_escape_markdown,
     )
-    environment.filters["fence"] = _fence
+    environment.filters.update(fence=_fence, table=_markdown_table)
     text = environment.get_template("report.md.j2").render(**_content(facts))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -105,6 +105,7 @@ def _content(facts: ReportFacts) -> dict[str, Any]:
         "verdict": facts.verdict or verdict(facts),
         "key_figures": key_figures(facts),
         "quality": tables.quality_table(facts),
+        "budget": tables.budget_table(facts),
         "texts": tables.texts_table(facts),
         "stages": tables.stages_table(facts),
         "layers": tables.layers_table(facts),
@@ -131,6 +132,17 @@ def _escape_markdown(value: Any) -> Any:
     if isinstance(value, Markup):
         return value
     return MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
+
+
+def _markdown_table(table: tables.Table) -> Markup:
+    """A pipe table with its notes under it; group headings go into the names of their columns."""
+    groups = [heading for heading, span in table.groups for _ in range(span)] or [""] * len(table.columns)
+    names = [f"{group}: {column}" if group else column for group, column in zip(groups, table.columns, strict=True)]
+    rule = ["---" if place < table.text_columns else "---:" for place in range(len(names))]
+    lines = [[_escape_markdown(cell) for cell in row] for row in (names, *table.rows)]
+    text = "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], rule, *lines[1:]))
+    notes = "".join(f"\n\n{_escape_markdown(note)}" for note in table.notes)
+    return Markup(f"{text}{notes}\n")
 
 
 def _fence(text: str) -> Markup:

@@ -13,8 +13,8 @@ from limbeck.evaluate.wording import MISSING, count, duration, memory, number, p
 MODEL_NAMES = {
     "teacher": "Teacher",
     "student": "Student",
-    "copied": "Control: weights copied, no align stage",
-    "from_scratch": "Control: trained from scratch",
+    "copied": "Control: copied, no align",
+    "from_scratch": "Control: from scratch",
     "teacher_more": "Control: teacher, more tokens",
 }
 
@@ -34,7 +34,7 @@ class Table:
 
 
 def quality_table(facts: ReportFacts) -> Table:
-    """Every model and the floor: how well it predicts, how near the teacher, what it took."""
+    """Every model and the floor: how well it predicts and how near it is to the teacher."""
     columns = [
         "",
         "Perplexity",
@@ -44,19 +44,15 @@ def quality_table(facts: ReportFacts) -> Table:
         "Word perplexity",
         "KL, nats",
         "Same first choice",
-        "Parameters",
-        "Bytes",
-        "Tokens spent",
-        "FLOPs spent",
     ]
     rows = [[MODEL_NAMES[name], *_quality_cells(model, facts.teacher)] for name, model in facts.models().items()]
     if facts.floor is not None:
         floor = facts.floor
         figures = [number(floor.perplexity), MISSING, ratio(floor.ratio_to_teacher), number(floor.bits_per_byte)]
-        rows.append(["Floor: teacher, attention set to zero", *figures, *[MISSING] * (len(columns) - 5)])
+        rows.append(["Floor: attention set to zero", *figures, *[MISSING] * (len(columns) - 5)])
     notes = [
-        "Error: one standard error of the perplexity. To teacher: perplexity over the teacher's. Tokens and FLOPs: "
-        "training within this run; what the teacher itself once cost is not in it."
+        "Error: one standard error of the perplexity. To teacher: perplexity over the teacher's. KL and same first "
+        "choice: against the teacher's predictions."
     ]
     return Table(columns, rows, notes=notes)
 
@@ -71,11 +67,23 @@ def _quality_cells(model: ModelFacts, teacher: ModelFacts | None) -> list[str]:
         number(model.word_perplexity),
         number(model.kl_to_teacher, 3),
         percent(model.top1_agreement),
-        count(model.parameters),
-        memory(model.parameter_bytes),
-        count(model.tokens_spent),
-        count(model.flops_spent),
     ]
+
+
+def budget_table(facts: ReportFacts) -> Table:
+    """Every model's size and what its training took in this run."""
+    rows = [
+        [
+            MODEL_NAMES[name],
+            count(model.parameters),
+            memory(model.parameter_bytes),
+            count(model.tokens_spent),
+            count(model.flops_spent),
+        ]
+        for name, model in facts.models().items()
+    ]
+    notes = ["Tokens and FLOPs: training within this run; what the teacher itself once cost is not in it."]
+    return Table(["", "Parameters", "Size", "Tokens trained on", "FLOPs"], rows, notes=notes)
 
 
 def texts_table(facts: ReportFacts) -> Table | None:
@@ -125,23 +133,27 @@ def stages_table(facts: ReportFacts) -> Table | None:
 
 def layers_table(facts: ReportFacts) -> Table | None:
     """Which mixer each layer has, and its held-out error."""
+    if not facts.layers:
+        return None
+    noted = any(layer.note for layer in facts.layers)
     rows = [
         [
             str(layer.index),
             layer.mixer if layer.replaced else f"{layer.mixer} (kept)",
-            layer.note,
+            *([layer.note] if noted else []),
             number(layer.nmse_initial, 3),
             number(layer.nmse_calibrated, 3),
             number(layer.nmse_after_align, 3),
         ]
         for layer in facts.layers
     ]
-    columns = ["Layer", "Mixer", "Note", "NMSE at the start", "NMSE calibrated", "NMSE after align"]
+    words = ["Layer", "Mixer", *(["Note"] if noted else [])]
     notes = [
         "NMSE: squared error of the mixer's output on held-out text, over the mean square of the attention's output. "
         "0 is exact, 1 no better than silence."
     ]
-    return Table(columns, rows, text_columns=3, notes=notes) if rows else None
+    columns = [*words, "NMSE at the start", "NMSE calibrated", "NMSE after align"]
+    return Table(columns, rows, text_columns=len(words), notes=notes)
 
 
 def time_table(facts: ReportFacts) -> Table | None:

@@ -137,9 +137,7 @@ def _quality(facts: ReportFacts) -> tuple[list[str], list[str]]:
             how = "better than" if side == "better" else "as well as"
             gained.append(f"Predicts {how} the teacher: {figures}.")
     if (closed := gap_closed(facts)) is not None:
-        kept = (
-            f"Of what attention is worth on this text, {percent(max(closed, 0.0))} is there without the teacher's own."
-        )
+        kept = f"Keeps {percent(max(closed, 0.0))} of the nats per token that attention is worth on this text."
         (gained if closed > 0 else lost).append(kept)
     if student.kl_to_teacher is not None and student.kl_to_teacher > 0.005:
         agreement = f", the same first choice at {percent(student.top1_agreement)} of positions"
@@ -248,8 +246,8 @@ def _against(student: ModelFacts, control: ModelFacts, how: str, what: str) -> s
         "level": f"{what} made no clear difference",
     }[side]
     return (
-        f"The same student {how}, {_budget(student, control)}, reaches perplexity {number(control.perplexity)} against "
-        f"{number(student.perplexity)} ({ratio(perplexity_ratio(student, control))}): {conclusion}."
+        f"The same student {how}, {_budget(student, control)}, reaches perplexity {number(control.perplexity)}; this "
+        f"student {number(student.perplexity)} ({ratio(perplexity_ratio(student, control))} of that): {conclusion}."
     )
 
 

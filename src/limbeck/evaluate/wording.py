@@ -19,7 +19,8 @@ def number(value: float | None, digits: int = 4) -> str:
         return "0"
     if abs(value) >= 1e9 or abs(value) < 10 ** (-digits):
         return f"{value:.{digits - 1}g}"
-    decimals = max(0, digits - 1 - math.floor(math.log10(abs(value))))
+    exponent = int(f"{value:.{digits - 1}e}".partition("e")[2])
+    decimals = max(0, digits - 1 - exponent)
     return f"{value:,.{decimals}f}"
 
 

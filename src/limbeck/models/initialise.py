@@ -8,22 +8,25 @@ activations. No gradient step is taken.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.errors import RecipeError
 from limbeck.core.types import Batch
-from limbeck.models.packing import forward_batch
+from limbeck.models.documents import forward_packed
+from limbeck.models.packing import forward_batch, without_head
 from limbeck.models.recording import recording
 from limbeck.models.surgery import AttentionSite, find_attention, projections
 from limbeck.nn.hyena import HyenaOperator
 
-GATE_STRENGTHS = (0.0, 0.25, 0.5, 1.0)
+# How strongly the gates of the channel groups move. With one group each is tried; several groups share them out.
+GATE_STRENGTHS = ((0.0,), (0.25,), (0.5,), (1.0,))
+_SHARED_STRENGTHS = (0.0, 1.0, 0.5, 2.0, 0.25, 4.0)
 _RIDGE = 1e-4
 
 
@@ -43,30 +46,48 @@ def copy_projections(operator: HyenaOperator, site: AttentionSite) -> None:
     Hyena's triple product on real models, kept for comparison.
     """
     parts = projections(site)
+    groups = channel_groups(operator, parts.v.shape[0])
     with torch.no_grad():
-        _set_projection(operator, 0, parts.q, parts.q_bias)
-        for gate in range(1, operator.order):
-            _set_projection(operator, gate, parts.k, parts.k_bias)
-        _set_projection(operator, operator.order, parts.v, parts.v_bias)
-        operator.out_proj.weight.copy_(parts.o)
+        for group in range(groups):
+            _set_projection(operator, 0, parts.q, parts.q_bias, group=group)
+            for gate in range(1, operator.order):
+                _set_projection(operator, gate, parts.k, parts.k_bias, group=group)
+            _set_projection(operator, operator.order, parts.v, parts.v_bias, group=group)
+        operator.out_proj.weight.copy_(parts.o.repeat(1, groups) / groups)
         if operator.out_proj.bias is not None:
             operator.out_proj.bias.copy_(torch.zeros_like(operator.out_proj.bias) if parts.o_bias is None else parts.o_bias)
         set_identity_short_convolution(operator)
 
 
-def _set_projection(operator: HyenaOperator, block: int, weight_CD: Tensor, bias_C: Tensor | None) -> None:
-    width = operator.inner_width
-    rows = slice(block * width, (block + 1) * width)
+def _set_projection(operator: HyenaOperator, block: int, weight_CD: Tensor, bias_C: Tensor | None, *, group: int = 0) -> None:
+    """Write one stream's rows (gate or value) for one group of channels, each group as wide as the attention."""
+    width = weight_CD.shape[0]
+    first = block * operator.inner_width + group * width
+    rows = slice(first, first + width)
     operator.in_proj.weight[rows] = weight_CD.to(operator.in_proj.weight)
     if operator.in_proj.bias is not None:
         operator.in_proj.bias[rows] = 0.0 if bias_C is None else bias_C.to(operator.in_proj.bias)
+
+
+def channel_groups(operator: HyenaOperator, attention_width: int) -> int:
+    """How many times the operator's channels hold the attention's heads times head width.
+
+    Raises: RecipeError when they do not hold them a whole number of times.
+    """
+    groups, rest = divmod(operator.inner_width, attention_width)
+    if rest or not groups:
+        raise RecipeError(
+            f"student.hyena: {operator.inner_width} inner channels are not a multiple of the attention's {attention_width}, "
+            "so its weights cannot start them. Set hyena.expand to a whole number, or student.initialisation: random."
+        )
+    return groups
 
 
 def set_identity_short_convolution(operator: HyenaOperator) -> None:
     """Make the short convolution pass its input through unchanged."""
     with torch.no_grad():
         operator.short_weight.zero_()
-        operator.short_weight[:, 0] = 1.0
+        operator.short_weight[:, -1] = 1.0
         operator.short_bias.zero_()
 
 
@@ -76,7 +97,7 @@ def capture(model: nn.Module, batches: Sequence[Batch], mixers: Mapping[int, nn.
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in mixers}
     for batch in batches:
         with torch.no_grad(), recording(mixers) as seen:
-            forward_batch(model, batch)
+            forward_batch(without_head(model), batch)
         for layer in mixers:
             inputs[layer].append(seen.inputs[layer])
             outputs[layer].append(seen.outputs[layer])
@@ -93,8 +114,7 @@ def mean_attention_by_lag(teacher: Any, batches: Sequence[Batch], *, layers: Seq
     counts_K: Tensor | float = 0.0
     with _eager_attention(teacher), torch.no_grad():
         for batch in batches:
-            kwargs = {} if batch.position_ids_BT is None else {"position_ids": batch.position_ids_BT}
-            attentions = teacher(input_ids=batch.input_ids_BT, output_attentions=True, use_cache=False, **kwargs).attentions
+            attentions = forward_packed(teacher, batch.input_ids_BT, batch.document_ids_BT, output_attentions=True).attentions
             rows, width = batch.input_ids_BT.shape
             for layer in layers:
                 by_lag_HK = _sum_by_lag(attentions[layer].float().sum(0))
@@ -158,36 +178,50 @@ def _calibrate_layer(
     document_ids: tuple[Tensor | None, Tensor | None],
 ) -> float:
     parts = projections(site)
+    groups = channel_groups(operator, parts.v.shape[0])
     set_identity_short_convolution(operator)
-    target_CK = lags_HK.repeat_interleave(operator.inner_width // lags_HK.shape[0], dim=0)
-    with torch.enable_grad():
-        operator.filters[0].fit(target_CK)
-        for extra in list(operator.filters)[1:]:
-            impulse_CK = torch.zeros_like(target_CK)
-            impulse_CK[:, 0] = 1.0
-            extra.fit(impulse_CK)
+    _fit_filters(operator, lags_HK, head_dim=parts.head_dim)
     with torch.no_grad():
         operator.skip_bias.zero_()
-        _set_projection(operator, operator.order, parts.v, parts.v_bias)
-    best = (float("inf"), 0.0)
-    for strength in GATE_STRENGTHS:
-        _set_gates(operator, parts, seen[0], strength=strength)
+        for group in range(groups):
+            _set_projection(operator, operator.order, parts.v, parts.v_bias, group=group)
+    candidates = GATE_STRENGTHS if groups == 1 else (tuple(_SHARED_STRENGTHS[group % len(_SHARED_STRENGTHS)] for group in range(groups)),)
+    errors = {}
+    for strengths in candidates:
+        _set_gates(operator, parts, seen[0], strengths=strengths)
         solve_output(operator, *seen, document_ids_BT=document_ids[0])
-        best = min(best, (normalised_error(operator, *unseen, document_ids_BT=document_ids[1]), strength))
-    _set_gates(operator, parts, seen[0], strength=best[1])
-    solve_output(operator, *seen, document_ids_BT=document_ids[0])
-    return best[0]
+        errors[strengths] = normalised_error(operator, *unseen, document_ids_BT=document_ids[1])
+    best = min(errors, key=errors.__getitem__)
+    if best != candidates[-1]:
+        _set_gates(operator, parts, seen[0], strengths=best)
+        solve_output(operator, *seen, document_ids_BT=document_ids[0])
+    return errors[best]
 
 
-def _set_gates(operator: HyenaOperator, parts: Any, inputs_BTD: Tensor, *, strength: float) -> None:
-    """Gates of 1 + strength * (query or key, scaled to unit RMS per channel on these inputs)."""
+def _fit_filters(operator: HyenaOperator, lags_HK: Tensor, *, head_dim: int) -> None:
+    """The filter applied last follows the heads' mean attention by lag; those before it pass their input through."""
+    target_CK = lags_HK.repeat_interleave(head_dim, dim=0).repeat(operator.inner_width // (head_dim * lags_HK.shape[0]), 1)
+    impulse_CK = torch.zeros_like(target_CK)
+    impulse_CK[:, 0] = 1.0
+    *earlier, last = operator.filters
+    with torch.enable_grad():
+        for long_filter in earlier:
+            long_filter.fit(impulse_CK)
+        last.fit(target_CK)
+
+
+def _set_gates(operator: HyenaOperator, parts: Any, inputs_BTD: Tensor, *, strengths: Sequence[float]) -> None:
+    """Gates of 1 + strength * (query or key, scaled to unit RMS per channel on these inputs), a strength per channel group."""
+    streams = [(parts.q, parts.q_bias)] + [(parts.k, parts.k_bias)] * (operator.order - 1)
     with torch.no_grad():
-        for block, (weight_CD, bias_C) in enumerate([(parts.q, parts.q_bias)] + [(parts.k, parts.k_bias)] * (operator.order - 1)):
+        for block, (weight_CD, bias_C) in enumerate(streams):
             weight_CD = weight_CD.to(inputs_BTD)
-            bias_C = torch.zeros(weight_CD.shape[0]).to(inputs_BTD) if bias_C is None else bias_C.to(inputs_BTD)
+            bias_C = weight_CD.new_zeros(weight_CD.shape[0]) if bias_C is None else bias_C.to(inputs_BTD)
             raw_BTC = nn.functional.linear(inputs_BTD, weight_CD, bias_C)
-            scale_C = strength / raw_BTC.square().mean((0, 1)).sqrt().clamp_min(1e-6)
-            _set_projection(operator, block, weight_CD * scale_C[:, None], bias_C * scale_C + 1.0)
+            unit_C = 1 / raw_BTC.square().mean((0, 1)).sqrt().clamp_min(1e-6)
+            for group, strength in enumerate(strengths):
+                scale_C = strength * unit_C
+                _set_projection(operator, block, weight_CD * scale_C[:, None], bias_C * scale_C + 1.0, group=group)
 
 
 def solve_output(operator: HyenaOperator, inputs_BTD: Tensor, outputs_BTD: Tensor, *, document_ids_BT: Tensor | None) -> None:

@@ -1,4 +1,4 @@
-"""Running any causal LM on a batch, packed documents kept apart."""
+"""Running any causal LM on a batch of the data room."""
 
 from __future__ import annotations
 
@@ -7,10 +7,17 @@ from typing import Any
 from torch import nn
 
 from limbeck.core.types import Batch
+from limbeck.models.config import HybridConfig
+from limbeck.models.documents import forward_packed
 
 
 def forward_batch(model: nn.Module, batch: Batch) -> Any:
     """Run a model on a batch without a cache. Packed documents do not see each other."""
-    if batch.document_ids_BT is None:
-        return model(input_ids=batch.input_ids_BT, use_cache=False)
-    return model(input_ids=batch.input_ids_BT, position_ids=batch.position_ids_BT, use_cache=False)
+    return forward_packed(model, batch.input_ids_BT, batch.document_ids_BT)
+
+
+def without_head(model: Any) -> nn.Module:
+    """The model less its language-model head where that can be run alone: alignment needs no logits."""
+    if isinstance(model.config, HybridConfig):
+        return model
+    return getattr(model, "base_model", model)

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.errors import RecipeError
+from limbeck.nn.fftconv import without_autocast
+from limbeck.nn.fitting import fit_implicit, fit_modal, relative_error
 from limbeck.nn.modal import damped_waves, modal_taps
 from limbeck.nn.taps import KnownTaps
 
@@ -47,6 +49,7 @@ class LongFilter(nn.Module):
 
     channels: int
     support: int | None
+    fit_steps = 0
 
     def __init__(self, channels: int, *, support: int | None):
         super().__init__()
@@ -57,18 +60,36 @@ class LongFilter(nn.Module):
 
     def forward(self, length: int) -> Tensor:
         """Taps [C, K] for lags 0..K-1, K = min(length, support), in float32 at least. Gradients flow to the parameters."""
+        with without_autocast(next(self.parameters())):
+            return self.evaluate(length)
+
+    def evaluate(self, length: int) -> Tensor:
+        """What `forward` returns; each filter's own."""
         raise NotImplementedError
 
     def reset_parameters(self) -> None:
         """Draw fresh initial parameters in place."""
         raise NotImplementedError
 
-    def fit(self, target_CK: Tensor, *, weights: Tensor | None = None, steps: int = 200) -> float:
+    def fit(self, target_CK: Tensor, *, weights: Tensor | None = None, steps: int | None = None) -> float:
         """Move the parameters towards target taps; return the relative error that is left.
 
-        `weights`: importance of each squared deviation, broadcastable to the target. The error returned is measured on
-        the fitted taps over *all* of the target, lags beyond `support` included: sqrt(sum w (h - target)^2 / sum w target^2).
+        `weights`: importance of each squared deviation, broadcastable to the target. `steps`: of refinement
+        (default `fit_steps`), 0 for the closed-form start alone. The error is measured on the taps the filter gives afterwards, over *all* of the target, lags beyond
+        `support` included: sqrt(sum w (h - target)^2 / sum w target^2).
+
+        Raises: ValueError when the target is not [C, K].
         """
+        if target_CK.dim() != 2 or target_CK.shape[0] != self.channels or target_CK.shape[1] < 1:
+            raise ValueError(f"expected target taps [{self.channels}, K >= 1], got {tuple(target_CK.shape)}")
+        target_CK = target_CK.detach().to(next(self.parameters()))
+        weights_CK = torch.ones_like(target_CK) if weights is None else weights.to(target_CK).expand_as(target_CK)
+        self.fit_closely(target_CK, weights_CK, steps=self.fit_steps if steps is None else steps)
+        with torch.no_grad():
+            return relative_error(self(target_CK.shape[-1]), target_CK, weights_CK)
+
+    def fit_closely(self, target_CK: Tensor, weights_CK: Tensor, *, steps: int) -> None:
+        """What `fit` does to the parameters; each filter's own."""
         raise NotImplementedError
 
     def known_taps(self) -> KnownTaps:
@@ -78,7 +99,7 @@ class LongFilter(nn.Module):
         through `.data` that keep the address are not seen before the next `train()` or `eval()`.
         """
         if self.training or torch.compiler.is_compiling() or not self._may_keep():
-            return KnownTaps(self, support=self.support)
+            return KnownTaps(self, support=self.support, lasting=False)
         key = tuple((p.data_ptr(), p._version) for p in self._parameters.values() if p is not None)
         if self._known is None or self._known[0] != key:
             self._known = (key, KnownTaps(self._evaluate_plainly, support=self.support))
@@ -137,6 +158,8 @@ class ImplicitFilter(LongFilter):
     Source: Poli et al. 2023, arXiv:2302.10866, section 3.3. Deviations: frequency 3, shift 0, features not trained.
     """
 
+    fit_steps = 60
+
     def __init__(
         self,
         channels: int,
@@ -148,6 +171,7 @@ class ImplicitFilter(LongFilter):
         shift: float = 0.0,
     ):
         super().__init__(channels, support=filter_length)
+        self.filter_length = filter_length
         if embedding_size < 3 or embedding_size % 2 == 0:
             raise RecipeError(f"filter_options.embedding_size must be odd and at least 3, got {embedding_size}")
         self.embedding_size, self.frequency_start, self.shift = embedding_size, frequency, shift
@@ -173,11 +197,15 @@ class ImplicitFilter(LongFilter):
         bound = 1 / math.sqrt(self.output_weight.shape[-1])
         self.output_weight.uniform_(-bound, bound)
 
-    def forward(self, length: int) -> Tensor:
+    def evaluate(self, length: int) -> Tensor:
         """Taps [C, K], K = min(length, filter_length)."""
         position_K = self._positions(length)
         taps_KC = self.features(length) @ full_precision(self.output_weight).T
         return (taps_KC * self._window(position_K)).T.contiguous()
+
+    def fit_closely(self, target_CK: Tensor, weights_CK: Tensor, *, steps: int) -> None:
+        """Adam on the inner layers, least squares for the output layer."""
+        fit_implicit(self, target_CK, weights_CK, steps=steps)
 
     def features(self, length: int) -> Tensor:
         """What the sine layers make of each position: [K, hidden_width]."""
@@ -195,23 +223,20 @@ class ImplicitFilter(LongFilter):
         return self._window(self._positions(length))
 
     def _positions(self, length: int) -> Tensor:
-        assert self.support is not None
         weight = full_precision(self.output_weight)
-        return torch.arange(min(length, self.support), device=weight.device, dtype=weight.dtype)
+        return torch.arange(min(length, self.filter_length), device=weight.device, dtype=weight.dtype)
 
     def _embedding(self, position_K: Tensor) -> Tensor:
-        assert self.support is not None
         bands = (self.embedding_size - 1) // 2
         band_E = torch.linspace(1e-4, bands - 1, bands, device=position_K.device, dtype=position_K.dtype)
-        phase_KE = position_K[:, None] * (2 * math.pi / self.support) * band_E
-        share_K1 = position_K[:, None] / max(1, self.support - 1)
+        phase_KE = position_K[:, None] * (2 * math.pi / self.filter_length) * band_E
+        share_K1 = position_K[:, None] / max(1, self.filter_length - 1)
         return torch.cat((share_K1, torch.cos(phase_KE), -torch.sin(phase_KE)), dim=1)
 
     def _window(self, position_K: Tensor) -> Tensor:
-        assert self.support is not None
         slow, fast = math.log(1e-2) / 1.5, math.log(1e-2) / 0.3
         rate_C = torch.linspace(slow, fast, self.channels, device=position_K.device, dtype=position_K.dtype).abs()
-        return torch.exp(-position_K[:, None] / max(1, self.support - 1) * rate_C) + self.shift
+        return torch.exp(-position_K[:, None] / max(1, self.filter_length - 1) * rate_C) + self.shift
 
 
 class ExplicitFilter(LongFilter):
@@ -224,6 +249,7 @@ class ExplicitFilter(LongFilter):
 
     def __init__(self, channels: int, *, filter_length: int = 1024):
         super().__init__(channels, support=filter_length)
+        self.filter_length = filter_length
         self.taps_CK = nn.Parameter(torch.empty(channels, filter_length, dtype=full_precision_dtype()))
         self.reset_parameters()
 
@@ -236,9 +262,16 @@ class ExplicitFilter(LongFilter):
         envelope_CK = envelope_CK / envelope_CK.square().sum(-1, keepdim=True).sqrt()
         self.taps_CK.normal_().mul_(envelope_CK.to(self.taps_CK))
 
-    def forward(self, length: int) -> Tensor:
+    def evaluate(self, length: int) -> Tensor:
         """Taps [C, K], K = min(length, filter_length)."""
         return full_precision(self.taps_CK)[:, :length]
+
+    @torch.no_grad()
+    def fit_closely(self, target_CK: Tensor, weights_CK: Tensor, *, steps: int) -> None:
+        """Take the target as it is; lags the target does not speak of become zero."""
+        reach = min(target_CK.shape[-1], self.filter_length)
+        self.taps_CK.zero_()
+        self.taps_CK[:, :reach] = target_CK[:, :reach]
 
 
 class ModalFilter(LongFilter):
@@ -250,6 +283,8 @@ class ModalFilter(LongFilter):
     half a cycle in its time constant, and residues which give taps whose squares sum to about one.
     Source: Massaroli et al. 2023, arXiv:2310.18780, section 3; StripedHyena uses the same form.
     """
+
+    fit_steps = 30
 
     def __init__(self, channels: int, *, modes: int = 8, longest_memory: float = 1024.0):
         super().__init__(channels, support=None)
@@ -268,15 +303,24 @@ class ModalFilter(LongFilter):
         constant_N = torch.logspace(0, math.log10(self.longest_memory), self.modes, dtype=torch.float64)
         spread_CN = torch.rand_like(self.decay_CN) - 0.5
         rate_CN = (1 / constant_N).to(self.decay_CN) * torch.exp(spread_CN)
-        self.decay_CN.copy_(inverse_softplus(rate_CN))
-        self.angle_CN.uniform_(0, math.pi).mul_(rate_CN.clamp(max=1.0))
+        self.set_poles(rate_CN, torch.rand_like(rate_CN) * math.pi * rate_CN.clamp(max=1.0))
         scale_CN = (rate_CN / self.modes).sqrt()
         self.residue_real_CN.normal_().mul_(scale_CN)
         self.residue_imag_CN.normal_().mul_(scale_CN)
 
-    def forward(self, length: int) -> Tensor:
+    def evaluate(self, length: int) -> Tensor:
         """Taps [C, length]."""
         return modal_taps(self.rates_CN(), self.angles_CN(), self.residues_CN(), length=length)
+
+    def fit_closely(self, target_CK: Tensor, weights_CK: Tensor, *, steps: int) -> None:
+        """Poles picked from a grid, least squares for the residues, then Gauss-Newton on all."""
+        fit_modal(self, target_CK, weights_CK, steps=steps)
+
+    @torch.no_grad()
+    def set_poles(self, rate_CN: Tensor, angle_CN: Tensor) -> None:
+        """Put the poles exp(-rate + i angle) in place, rate > 0."""
+        self.decay_CN.copy_(inverse_softplus(rate_CN.double()))
+        self.angle_CN.copy_(angle_CN)
 
     def poles_CN(self) -> Tensor:
         """lambda [C, N], complex64 or complex128."""

@@ -12,12 +12,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from limbeck.nn.fftconv import causal_convolution, convolution_window
+from limbeck.nn.fftconv import convolution_window, without_autocast
 from limbeck.nn.filters import LongFilter, ModalFilter
 from limbeck.nn.modal import damped_waves, modal_taps, real_pairs
 from limbeck.nn.taps import KnownTaps
 
-BLOCK = 32
+BLOCK = 64
 SHORT_CHUNK = 16
 
 
@@ -134,42 +134,45 @@ def _block_lags(known: KnownTaps) -> Tensor:
 
 @dataclass
 class ModalRecurrence:
-    """The state S [B, C, N] of a modal filter: S <- lambda S + u, y = Re sum_n R_n S_n. Constant memory, constant time.
+    """The state S [B, N, C] of a modal filter: S <- lambda S + u, y = Re sum_n R_n S_n. Constant memory, constant time.
 
     Complex64 at least: half-precision states drift.
     Source: Massaroli et al. 2023, arXiv:2310.18780, section 3.3; here h_0 is part of the modes.
     """
 
-    state_BCN: Tensor
+    state_BNC: Tensor
 
     @staticmethod
     def empty(batch: int, channels: int, modes: int, *, device: torch.device | str, dtype: torch.dtype) -> ModalRecurrence:
         """The state before the first token. `dtype`: real."""
-        return ModalRecurrence(torch.zeros(batch, channels, modes, device=device, dtype=dtype.to_complex()))
+        return ModalRecurrence(torch.zeros(batch, modes, channels, device=device, dtype=dtype.to_complex()))
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ModalRecurrence:
         """A state with `fn` applied to its tensor, which is batch-first."""
-        return ModalRecurrence(fn(self.state_BCN))
+        return ModalRecurrence(fn(self.state_BNC))
 
     def extend(self, u_BCT: Tensor, long_filter: ModalFilter) -> Tensor:
         """Take in a chunk [B, C, T] and return its outputs [B, C, T]."""
         length = u_BCT.shape[-1]
         rate_CN, angle_CN, residue_CN = long_filter.rates_CN(), long_filter.angles_CN(), long_filter.residues_CN()
-        y_BCT = causal_convolution(u_BCT, long_filter.known_taps().head(length))
-        past_BCN = residue_CN * long_filter.poles_CN() * self.state_BCN
-        y_BCT = y_BCT + modal_taps(rate_CN, angle_CN, past_BCN, length=length)
-        with torch.no_grad():
-            decayed_BCN = self.state_BCN * damped_waves(rate_CN, angle_CN, start=length, count=1)[..., 0]
-            self.state_BCN = decayed_BCN + _summed_state(u_BCT, rate_CN, angle_CN)
+        past_BCN = self.state_BNC.transpose(1, 2)
+        with without_autocast(u_BCT):
+            carried_BCN = residue_CN * long_filter.poles_CN() * past_BCN
+            carried_BCT = modal_taps(rate_CN, angle_CN, carried_BCN, length=length)
+            y_BCT = long_filter.known_taps().convolve(u_BCT) + carried_BCT
+            with torch.no_grad():
+                decayed_BCN = past_BCN * damped_waves(rate_CN, angle_CN, start=length, count=1)[..., 0]
+                state_BCN = decayed_BCN + _summed_state(u_BCT, rate_CN, angle_CN)
+        self.state_BNC = state_BCN.transpose(1, 2).contiguous()
         return y_BCT
 
     def step(self, u_BC: Tensor, long_filter: ModalFilter) -> Tensor:
         """Take in one token [B, C] and return its output [B, C]. No gradients."""
         known = long_filter.known_taps()
-        poles_CN = known.constant("poles", lambda: long_filter.poles_CN().detach())
-        weight_CX = known.constant("residues", lambda: real_pairs(long_filter.residues_CN().detach().conj()))
-        self.state_BCN.mul_(poles_CN).add_(u_BC.unsqueeze(-1))
-        return (real_pairs(self.state_BCN) * weight_CX).sum(-1)
+        poles_NC = known.constant("poles", lambda: long_filter.poles_CN().detach().T.contiguous())
+        residues_NC = known.constant("residues", lambda: long_filter.residues_CN().detach().T.contiguous())
+        self.state_BNC.mul_(poles_NC).add_(u_BC.unsqueeze(1))
+        return (self.state_BNC * residues_NC).sum(1).real
 
 
 def _summed_state(u_BCT: Tensor, rate_CN: Tensor, angle_CN: Tensor, *, block: int = 64) -> Tensor:
@@ -181,3 +184,13 @@ def _summed_state(u_BCT: Tensor, rate_CN: Tensor, angle_CN: Tensor, *, block: in
     sums_BCRX = u_BCRP @ real_pairs(fine_CNP.transpose(-1, -2))
     sums_BCRN = torch.view_as_complex(sums_BCRX.unflatten(-1, (-1, 2)))
     return (sums_BCRN * coarse_CNR.transpose(-1, -2)).sum(-2)
+
+
+def init_memory(
+    long_filter: LongFilter, batch: int, *, device: torch.device | str, dtype: torch.dtype
+) -> OnlineConvolution | ModalRecurrence:
+    """The memory that suits a filter, before the first token, in float32 at least."""
+    dtype = torch.promote_types(dtype, torch.float32)
+    if isinstance(long_filter, ModalFilter):
+        return ModalRecurrence.empty(batch, long_filter.channels, long_filter.modes, device=device, dtype=dtype)
+    return OnlineConvolution.empty(batch, long_filter.channels, device=device, dtype=dtype)

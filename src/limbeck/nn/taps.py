@@ -7,17 +7,20 @@ from collections.abc import Callable, Hashable
 import torch
 from torch import Tensor
 
+from limbeck.nn.fftconv import causal_convolution, choose_algorithm, convolution_window, window_size, working_dtype
+
 SPECTRA_KEPT = 16
 
 
 class KnownTaps:
     """Taps of a filter for any length asked, with the most recent spectra.
 
-    `support`: the number of taps that can differ from zero, or None when there is no end to them.
+    `support`: the number of taps that can differ from zero, or None when there is no end to them. `lasting`: whether
+    the object will serve many calls, so that spectra are worth keeping.
     """
 
-    def __init__(self, evaluate: Callable[[int], Tensor], *, support: int | None):
-        self.support = support
+    def __init__(self, evaluate: Callable[[int], Tensor], *, support: int | None, lasting: bool = True):
+        self.support, self.lasting = support, lasting
         self._evaluate = evaluate
         self._taps_CK: Tensor | None = None
         self._spectra: dict[tuple[int, int], Tensor] = {}
@@ -45,6 +48,19 @@ class KnownTaps:
         if len(self._spectra) > SPECTRA_KEPT:
             del self._spectra[next(iter(self._spectra))]
         return spectrum_CF
+
+    def convolve(self, u_BCT: Tensor) -> Tensor:
+        """Causal convolution of [B, C, T] with the taps, in the dtype of the input."""
+        length = u_BCT.shape[-1]
+        if not self.lasting or u_BCT.requires_grad or length == 0:
+            return causal_convolution(u_BCT, self.head(length))
+        taps, rows = self.reach(length), u_BCT.shape[0]
+        algorithm = choose_algorithm(rows=rows, length=length, taps=taps, device_type=u_BCT.device.type, needs_grad=False)
+        if "fft" not in algorithm:
+            return causal_convolution(u_BCT, self.head(length), algorithm=algorithm)
+        spectrum_CF = self.spectrum(taps, window_size(length, taps, start=0, stop=length))
+        wide_BCT = u_BCT.to(working_dtype(u_BCT, spectrum_CF.real))
+        return convolution_window(wide_BCT, self.head(length), start=0, stop=length, spectrum_CF=spectrum_CF).to(u_BCT.dtype)
 
     def constant(self, name: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """A tensor that depends on the filter's weights alone, computed once."""

@@ -23,10 +23,15 @@ def forward_kl(student_logits_BTV: Tensor, teacher_logits_BTV: Tensor, *, temper
     temperature**2 factor is not applied; it belongs to the stage's weight.
     Source: Hinton et al. 2015, arXiv:1503.02531, section 2.
     """
-    student_BTV = F.log_softmax(_at_least_float32(student_logits_BTV) / temperature, dim=-1)
-    teacher_BTV = F.log_softmax(_at_least_float32(teacher_logits_BTV.detach()) / temperature, dim=-1)
+    student_BTV = F.log_softmax(_softened(student_logits_BTV, temperature), dim=-1)
+    teacher_BTV = F.log_softmax(_softened(teacher_logits_BTV.detach(), temperature), dim=-1)
     return F.kl_div(student_BTV, teacher_BTV, reduction="none", log_target=True).sum(-1)
 
 
 def _at_least_float32(logits: Tensor) -> Tensor:
     return logits.float() if logits.dtype in (torch.float16, torch.bfloat16) else logits
+
+
+def _softened(logits: Tensor, temperature: float) -> Tensor:
+    logits = _at_least_float32(logits)
+    return logits if temperature == 1 else logits / temperature

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 
 _FOLDER = Path(__file__).parent
@@ -18,11 +19,7 @@ def preset_path(name: str) -> Path:
 
 
 def preset_summary(name: str) -> str:
-    """What a shipped recipe does: its opening comment, as one line."""
+    """What a shipped recipe does: the first sentence of its opening comment."""
     lines = preset_path(name).read_text(encoding="utf-8").splitlines()[1:]
-    comment = []
-    for line in lines:
-        if not line.startswith("#"):
-            break
-        comment.append(line.lstrip("# "))
-    return " ".join(comment)
+    comment = " ".join(line.lstrip("# ") for line in itertools.takewhile(lambda line: line.startswith("#"), lines))
+    return comment.partition(". ")[0] + "."

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from limbeck.core.types import Batch
-from limbeck.models.packing import forward_batch
+from limbeck.models.packing import forward_batch, without_head
 from limbeck.models.recording import recording
 from limbeck.objectives.combine import logit_loss, normalised_squared_error
 
@@ -82,7 +82,7 @@ class AlignLesson(nn.Module):
         """Sum over layers and tokens of the normalised squared error, divided by the number of layers."""
         watched = {layer: self._teacher_mixers[layer] for layer in self.layers}
         with torch.no_grad(), recording(watched) as seen:
-            forward_batch(backbone_of(self._teacher[0]), batch)
+            forward_batch(without_head(self._teacher[0]), batch)
         if self.inputs == "teacher":
             outputs = {
                 layer: self._operators[layer](seen.inputs[layer], document_ids_BT=batch.document_ids_BT) for layer in self.layers
@@ -90,7 +90,7 @@ class AlignLesson(nn.Module):
         else:
             own = {layer: self._student_mixers[layer] for layer in self.layers}
             with recording(own, detach_inputs=True) as answers:
-                forward_batch(backbone_of(self.student), batch)
+                forward_batch(self.student, batch)
             outputs = answers.outputs
         errors = {
             layer: normalised_squared_error(outputs[layer], seen.outputs[layer], power=self.power[layer], mask_BT=None)
@@ -98,11 +98,6 @@ class AlignLesson(nn.Module):
         }
         total = torch.stack(list(errors.values())).mean()
         return total, {f"nmse.{layer}": error.detach() for layer, error in errors.items()}
-
-
-def backbone_of(model: nn.Module) -> nn.Module:
-    """The model without its language-model head, when it can be run alone: alignment needs no logits."""
-    return getattr(model, "headless", model)
 
 
 def set_dropout(model: nn.Module, probability: float) -> None:

@@ -1,0 +1,206 @@
+"""What the command line shows, and how it ends: facts as tables or JSON, faults as one message and an exit code.
+
+0 done; 1 a fault of Limbeck's own; 2 something the user can mend; 130 and 143 stopped by Ctrl-C and SIGTERM.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import math
+import sys
+import traceback
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from typer.core import TyperGroup
+
+from limbeck.core.errors import LimbeckError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+STOPPED = {130: "Ctrl-C", 143: "SIGTERM"}
+
+
+class Commands(TyperGroup):
+    """The group of all commands; here every fault becomes a message and an exit code."""
+
+    def invoke(self, ctx: Any) -> Any:
+        """Run the chosen command."""
+        try:
+            return super().invoke(ctx)
+        except KeyboardInterrupt as error:
+            raise _leave(130, _stopped(130)) from error
+        except SystemExit as error:
+            if error.code in STOPPED:
+                say(_stopped(int(error.code)))
+            raise
+        except Exception as error:
+            if type(error).__module__.startswith(("click", "typer")) or _is_closed_pipe(error):
+                raise
+            if ctx.params.get("debug"):
+                traceback.print_exc()
+            raise _leave(*explain_fault(error)) from error
+
+
+def _leave(code: int, message: str) -> typer.Exit:
+    say(message)
+    return typer.Exit(code)
+
+
+def _stopped(code: int) -> str:
+    return f"stopped by {STOPPED[code]}; the same command continues"
+
+
+def _is_closed_pipe(error: Exception) -> bool:
+    return isinstance(error, OSError) and error.errno == errno.EPIPE
+
+
+def explain_fault(error: Exception) -> tuple[int, str]:
+    """The exit code and the message for a fault."""
+    if isinstance(error, LimbeckError):
+        return 2, str(error)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        from limbeck.doctor import free_disk_bytes
+
+        free = free_disk_bytes(Path(error.filename or ".").parent)
+        where = f" at {error.filename}" if error.filename else ""
+        return 2, f"the disk is full{where}: {free / 1e6:.1f} MB free. Make room and give the same command again."
+    if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
+        return (
+            2,
+            "out of memory. Set stages.<name>.micro_batch_sequences lower (the result stays the same) and try again.",
+        )
+    detail = str(error).strip().splitlines()
+    summary = f"{type(error).__name__}: {detail[0][:300]}" if detail else type(error).__name__
+    return 1, f"{summary}\nThis is a fault in Limbeck, not in your recipe. `limbeck --debug ...` shows where."
+
+
+def say(text: str) -> None:
+    """A line for the person, on stderr."""
+    _console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show(text: str = "") -> None:
+    """A line of result, on stdout."""
+    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
+    """Print facts: pure JSON, or a table for each section."""
+    if as_json:
+        print(json.dumps(finite(facts), indent=2, ensure_ascii=False))
+        return
+    plain = {key: value for key, value in facts.items() if not isinstance(value, dict | list)}
+    if plain:
+        _show_rows(None, plain)
+    for title, value in facts.items():
+        if isinstance(value, dict):
+            _show_rows(title, value)
+        elif isinstance(value, list) and value:
+            _show_list(title, value)
+
+
+def _show_rows(title: str | None, rows: Mapping[str, Any]) -> None:
+    table = _table(title, show_header=False)
+    table.add_column(style="dim", min_width=22)
+    table.add_column(overflow="fold")
+    for key, value in _flat(rows, ""):
+        table.add_row(_label(key), words(value, unit=key))
+    _console().print(table)
+
+
+def _show_list(title: str, values: list[Any]) -> None:
+    if not all(isinstance(value, dict) for value in values):
+        for value in values:
+            show(f"{title.rstrip('s')}: {value}")
+        return
+    columns = list(dict.fromkeys(key for value in values for key in value))
+    table = _table(title)
+    for column in columns:
+        table.add_column(
+            column.replace("_", " "), justify="left" if column in ("name", "kind", "arm", "stage") else "right"
+        )
+    for value in values:
+        table.add_row(*(words(value.get(column), unit=column) for column in columns))
+    _console().print(table)
+
+
+def _table(title: str | None, *, show_header: bool = True) -> Any:
+    from rich import box
+    from rich.table import Table
+
+    style = box.SIMPLE_HEAD if show_header else None
+    return Table(
+        title=title and _label(title), title_justify="left", box=style, show_header=show_header, pad_edge=False
+    )
+
+
+def _label(name: str) -> str:
+    """A key as people read it; units go with the value."""
+    return name.replace("_", " ").removesuffix(" bytes").removesuffix(" seconds")
+
+
+def _flat(rows: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in rows.items():
+        if isinstance(value, dict) and value:
+            yield from _flat(value, f"{prefix}{key} ")
+        else:
+            yield f"{prefix}{key}", value
+
+
+def words(value: Any, *, unit: str = "") -> str:
+    """A value as people read it; `unit` is the name it goes by, whose ending tells bytes, seconds and operations."""
+    if value is None:
+        return "-"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, list | tuple):
+        return ", ".join(words(item) for item in value) or "-"
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        return str(value)
+    if unit.endswith("bytes"):
+        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+    if unit.endswith("seconds"):
+        return _duration(value)
+    if "flops" in unit:
+        return f"{value:.2e}"
+    if unit.endswith("tokens") and value >= 1e6:
+        return f"{value / 1e6:,.1f} M"
+    return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h" if seconds < 172_800 else f"{seconds / 86_400:.1f} days"
+
+
+def finite(value: Any) -> Any:
+    """The same value with null for numbers that JSON has no word for, and text for what is no JSON type."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(key): finite(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple | set | frozenset):
+        return [finite(inner) for inner in value]
+    return value if value is None or isinstance(value, bool | int | str) else str(value)
+
+
+@contextlib.contextmanager
+def quiet_stdout(*, when: bool) -> Iterator[None]:
+    """Send what libraries print to stderr, so that stdout holds nothing but the JSON printed afterwards."""
+    with contextlib.redirect_stdout(sys.stderr) if when else contextlib.nullcontext():
+        yield
+
+
+def _console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    return Console(stderr=stderr)

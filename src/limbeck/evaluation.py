@@ -1,0 +1,126 @@
+"""The later commands: judge, compare, continue a prompt, show a report, for a finished run or any model.
+
+A *place* is a run folder (its `model/` is meant), a model folder, a hub id, a GGUF file, or `embedded`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from limbeck.core.errors import DataError, LimbeckError
+from limbeck.core.files import read_json
+from limbeck.core.runtime import pick_device, seed_everything
+from limbeck.data.text import TextSource, read_documents
+from limbeck.evaluate.efficiency import parameter_facts
+from limbeck.evaluate.facts import read_facts
+from limbeck.evaluate.quality import score_text
+from limbeck.evaluate.report import write_report
+from limbeck.models.generation import stream_text
+from limbeck.models.teacher import LoadedTeacher, load_teacher
+
+
+def open_place(place: str, *, device: torch.device) -> LoadedTeacher:
+    """Load the model that a place means.
+
+    Raises: LimbeckError when a run folder has no finished student yet.
+    """
+    folder = Path(place)
+    if (folder / "recipe.json").exists() and not (folder / "config.json").exists():
+        if not (folder / "model" / "config.json").exists():
+            raise LimbeckError(f"{folder} is a run that has not finished: give its `limbeck run` command again, or name a model folder.")
+        place = str(folder / "model")
+    loaded = load_teacher(place, device=device)
+    loaded.model.eval()
+    return loaded
+
+
+def run_settings(place: str) -> dict[str, Any]:
+    """How the run in a folder was judged, so that later figures are comparable; empty for other places."""
+    file = Path(place) / "recipe.json"
+    if not file.exists():
+        return {}
+    recipe = read_json(file)
+    words = recipe["evaluation"]
+    return {
+        "context_tokens": words["context_tokens"] or recipe["data"]["context_tokens"], "stride_tokens": words["stride_tokens"],
+        "max_tokens": words["max_tokens"], "texts": words["texts"] or recipe["data"]["heldout"],
+    }  # fmt: skip
+
+
+def evaluate_place(
+    place: str,
+    *,
+    texts: Sequence[str] = (),
+    context_tokens: int | None = None,
+    stride_tokens: int | None = None,
+    max_tokens: int | None = None,
+    device: str = "auto",
+) -> dict[str, Any]:
+    """Score a place on texts: its own run's held-out text unless others are given.
+
+    texts: sources, `factbook`, paths or hub ids, optionally with a split as `source:split` (default: all of a file, the
+    held-out part of the factbook).
+    """
+    known = run_settings(place)
+    sources = [text_source(text) for text in texts] or [TextSource(**text) for text in known.get("texts", [])]
+    if not sources:
+        raise DataError(f"{place} is not a run folder, so say what to score it on: --text FILE, or --text factbook.")
+    where = pick_device(device)
+    loaded = open_place(place, device=where)
+    facts: dict[str, Any] = {"place": place, **parameter_facts(loaded.model), "texts": []}
+    for source in sources:
+        score = score_text(
+            loaded.model, loaded.tokenizer, list(read_documents(source)), device=where,
+            context_tokens=context_tokens or known.get("context_tokens") or 512,
+            stride_tokens=stride_tokens or known.get("stride_tokens"), max_tokens=max_tokens or known.get("max_tokens") or 65_536,
+        )  # fmt: skip
+        facts["texts"].append(
+            {
+                "text": f"{source.source} ({source.split})", "tokens": score.tokens, "bytes": score.bytes, "perplexity": score.perplexity,
+                "word_perplexity": score.word_perplexity, "bits_per_byte": score.bits_per_byte,
+                "standard_error_nats": score.standard_error_nats, "protocol": score.protocol,
+            }
+        )  # fmt: skip
+    return facts
+
+
+def text_source(words: str) -> TextSource:
+    """`source` or `source:split` as given on the command line."""
+    path = Path(words)
+    if path.exists():
+        return TextSource(words, split="all")
+    name, colon, split = words.rpartition(":")
+    if colon and name:
+        return TextSource(name, split=split)
+    return TextSource(words, split="heldout" if words == "factbook" else "train")
+
+
+def compare_places(places: Sequence[str], **options: Any) -> list[dict[str, Any]]:
+    """Score several places on the same texts (the first run folder's, unless texts are given)."""
+    if not options.get("texts"):
+        settings = next((found for place in places if (found := run_settings(place))), {})
+        options["texts"] = [f"{text['source']}:{text['split']}" for text in settings.get("texts", [])]
+        for key in ("context_tokens", "stride_tokens", "max_tokens"):
+            options[key] = options.get(key) or settings.get(key)
+    return [evaluate_place(place, **options) for place in places]
+
+
+def generate_from(
+    place: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, device: str = "auto"
+) -> Iterator[str]:
+    """Continue a prompt, piece by piece."""
+    loaded = open_place(place, device=pick_device(device))
+    seed_everything(seed)
+    yield from stream_text(
+        loaded.model, loaded.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
+    )
+
+
+def render_report(folder: Path) -> dict[str, Any]:
+    """Make report.html and report.md again from report.json; returns the facts."""
+    write_report(folder, read_facts(folder / "report.json"))
+    return read_json(folder / "report.json")

@@ -290,8 +290,8 @@ def test_an_unreachable_hub_is_a_fact(monkeypatch):
 
 
 def test_figures_are_written_for_people():
-    assert words(1_500_000_000, unit="weights_bytes") == "1.50 GB"
-    assert words(2_500_000, unit="total_bytes") == "2.5 MB"
+    sizes = {1_500_000_000: "1.5 GB", 123_400_000: "123 MB", 2500: "2.5 kB", 12: "12 B", 10**13: "10,000 GB"}
+    assert {value: words(value, unit="weights_bytes") for value in sizes} == sizes
     durations = {3.456: "3.46 s", 600: "10 min", 9000: "2.5 h", 400_000: "4.6 days"}
     assert {value: words(value, unit="seconds") for value in durations} == durations
     assert words(1234, unit="steps") == "1,234"

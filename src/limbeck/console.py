@@ -119,14 +119,15 @@ def _show_list(title: str, values: list[Any]) -> None:
         for value in values:
             show(f"{title.rstrip('s')}: {value}")
         return
-    columns = list(dict.fromkeys(key for value in values for key in value))
     table = _table(title)
-    for column in columns:
-        table.add_column(
-            column.replace("_", " "), justify="left" if column in ("name", "kind", "arm", "stage") else "right"
-        )
+    for column in dict.fromkeys(key for value in values for key in value):
+        cells = [words(value.get(column), unit=column) for value in values]
+        if all(isinstance(value.get(column), str) for value in values):
+            table.add_column(_label(column), overflow="fold")
+        else:
+            table.add_column(_label(column), justify="right", min_width=max(map(len, cells)))
     for value in values:
-        table.add_row(*(words(value.get(column), unit=column) for column in columns))
+        table.add_row(*(words(value.get(column), unit=column) for column in value))
     _console().print(table)
 
 
@@ -141,8 +142,7 @@ def _table(title: str | None, *, show_header: bool = True) -> Any:
 
 
 def _label(name: str) -> str:
-    """A key as people read it; units go with the value."""
-    return name.replace("_", " ").removesuffix(" bytes").removesuffix(" seconds")
+    return name.replace("_", " ")
 
 
 def _flat(rows: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -164,7 +164,7 @@ def words(value: Any, *, unit: str = "") -> str:
     if not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
     if unit.endswith("bytes"):
-        return f"{value / 1e9:.2f} GB" if value >= 1e9 else f"{value / 1e6:.1f} MB"
+        return _size(value)
     if unit.endswith("seconds"):
         return _duration(value)
     if "flops" in unit:
@@ -172,6 +172,13 @@ def words(value: Any, *, unit: str = "") -> str:
     if unit.endswith("tokens") and value >= 1e6:
         return f"{value / 1e6:,.1f} M"
     return f"{value:,}" if isinstance(value, int) else f"{value:,.4g}"
+
+
+def _size(count: float) -> str:
+    for unit, scale in {"GB": 1e9, "MB": 1e6, "kB": 1e3}.items():
+        if count >= scale:
+            return f"{count / scale:.3g} {unit}" if count < 1000 * scale else f"{count / scale:,.0f} {unit}"
+    return f"{count:,.0f} B"
 
 
 def _duration(seconds: float) -> str:

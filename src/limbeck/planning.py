@@ -6,6 +6,7 @@ and parameters are counted; memory and time are estimates, and say so.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from limbeck.models.costs import (
 )
 from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.hybrid import HyenaMixer
-from limbeck.models.surgery import find_attention
+from limbeck.models.surgery import find_attention, head_shape
 from limbeck.models.teacher_errors import explain_loading
 from limbeck.recipe import Recipe
 
@@ -118,8 +119,10 @@ def build_models(recipe: Recipe) -> tuple[Any | None, Any]:
         return None, _build_meta(_scratch_config(recipe))
     config = teacher_config(recipe.teacher.source, revision=recipe.teacher.revision)
     teacher = _build_meta(config)
-    mixers = assembly.mixer_list(recipe, len(find_attention(teacher)))
-    hybrid = HybridConfig(backbone=config, mixers=mixers, hyena=recipe.student.hyena.model_dump())
+    sites = find_attention(teacher)
+    hyena = recipe.student.hyena.model_dump()
+    hyena["inner_width"] = hyena.pop("expand") * math.prod(head_shape(sites[0]))
+    hybrid = HybridConfig(backbone=config, mixers=assembly.mixer_list(recipe, len(sites)), hyena=hyena)
     return teacher, _build_meta(hybrid)
 
 

@@ -197,9 +197,9 @@ def compare(
 
 
 def _brief(facts: dict[str, Any]) -> dict[str, Any]:
-    """Figures of an evaluation without the protocol, which is the same in every row."""
-    rows = [{key: value for key, value in row.items() if key != "protocol"} for row in facts["texts"]]
-    return facts | {"texts": rows}
+    """The figures of an evaluation that people ask for; --json has them all, and the protocol."""
+    keys = ("text", "tokens", "perplexity", "bits_per_byte", "standard_error_nats")
+    return facts | {"texts": [{key: row[key] for key in keys if key in row} for row in facts["texts"]]}
 
 
 @app.command()

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import math
+import re
 import sys
 import traceback
 from collections.abc import Iterator, Mapping
@@ -120,14 +121,16 @@ def _show_list(title: str, values: list[Any]) -> None:
             show(f"{title.rstrip('s')}: {value}")
         return
     table = _table(title)
-    for column in dict.fromkeys(key for value in values for key in value):
-        cells = [words(value.get(column), unit=column) for value in values]
+    columns = list(dict.fromkeys(key for value in values for key in value))
+    rows = [[words(value.get(column), unit=column) for column in columns] for value in values]
+    for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
         if all(isinstance(value.get(column), str) for value in values):
             table.add_column(_label(column), overflow="fold")
         else:
-            table.add_column(_label(column), justify="right", min_width=max(map(len, cells)))
-    for value in values:
-        table.add_row(*(words(value.get(column), unit=column) for column in value))
+            narrowest = max(map(len, [*cells, *_label(column).split()]))
+            table.add_column(_label(column), justify="right", min_width=narrowest)
+    for row in rows:
+        table.add_row(*row)
     _console().print(table)
 
 
@@ -142,7 +145,8 @@ def _table(title: str | None, *, show_header: bool = True) -> Any:
 
 
 def _label(name: str) -> str:
-    return name.replace("_", " ")
+    """A key as people read it; the unit stands with the value."""
+    return re.sub(r"(?<!parameter) (bytes|seconds)$", "", name.replace("_", " "))
 
 
 def _flat(rows: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

@@ -60,7 +60,7 @@ def report(work: Run, results: dict[str, ArmResult]) -> dict[str, Any]:
     found = ReportFacts(
         run=run_facts(work, results), teacher=facts.get("teacher"), student=facts["student"],
         controls=Controls(**{name: facts.get(name) for name in Controls.model_fields}),
-        floor=measure_floor(work, texts, scores), layers=layer_facts(work, results["student"].model),
+        floor=measure_floor(work, results["student"].model, texts, scores), layers=layer_facts(work, results["student"].model),
         speed=measure_speeds(work, results["student"].model), protocol=scores["student"].protocol,
     )  # fmt: skip
     write_report(work.folder, found)
@@ -149,11 +149,14 @@ def add_books(facts: ModelFacts, result: ArmResult, work: Run) -> None:
     ]  # fmt: skip
 
 
-def measure_floor(work: Run, texts: dict[str, list[str]], scores: dict[str, TextScore]) -> FloorFacts | None:
-    """The teacher with its mixers zeroed."""
+def measure_floor(work: Run, student: Any, texts: dict[str, list[str]], scores: dict[str, TextScore]) -> FloorFacts | None:
+    """The teacher with the mixers zeroed that the student replaces."""
     if work.teacher is None or not work.recipe.controls.floor:
         return None
-    with zeroed_mixers(work.teacher.model):
+    replaced = list(student.mixers())
+    if not replaced:
+        return None
+    with zeroed_mixers(work.teacher.model, layers=replaced):
         floor = pool_scores(list(score_texts(work, "floor", work.teacher.model, texts).values()))
     ratio = floor.perplexity / scores["teacher"].perplexity
     return FloorFacts(perplexity=floor.perplexity, bits_per_byte=floor.bits_per_byte, ratio_to_teacher=ratio)

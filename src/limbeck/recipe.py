@@ -103,8 +103,8 @@ class Student(Part):
     calibration_tokens: Count = Field(default=16_384, description="Tokens of text that the calibrated start looks at.")
     failed_layers: Literal["keep", "swap"] = Field(
         default="keep",
-        description="A layer that fits no better than an output of zero after alignment (held-out normalised MSE of 1 or "
-        "more) keeps its attention, or is swapped all the same; the report says which.",
+        description="A layer that fits no better than an output of zero after alignment (held-out normalised MSE of 1 "
+        "or more) keeps its attention, or is swapped all the same; the report says which.",
     )
     architecture: dict[str, Any] | None = Field(
         default=None,
@@ -120,7 +120,7 @@ class Source(Part):
     )
     split: NonEmpty = Field(
         default="train",
-        description="train, heldout (every 50th document) or all; the factbook has valid too, a hub data set its own splits.",
+        description="train, heldout (every 50th document) or all; a hub data set may have its own, the factbook valid.",
     )
     field: NonEmpty = Field(default="text", description="The column or key that holds the text.")
     config: str | None = Field(default=None, description="Configuration of a hub data set.")

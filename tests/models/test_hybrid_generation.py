@@ -4,6 +4,8 @@ import copy
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from tests.models.families import FAMILIES, tiny_teacher, token_ids
 from transformers import DynamicCache
 from transformers.generation.streamers import BaseStreamer
@@ -92,7 +94,11 @@ def test_beams_and_sampling_with_and_without_cache(family, options):
     assert found[0] == found[1]
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma3_text", "gpt_neox"])
+# transformers 5.17 fails at assisted decoding with sliding windows, with or without Hyena; 5.23 does not.
+SLIDES = pytest.mark.skipif(Version(transformers.__version__) < Version("5.23"), reason="transformers < 5.23")
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", pytest.param("gemma3_text", marks=SLIDES)])
 @pytest.mark.parametrize("mixers", LAYOUTS[:2], ids="+".join)
 def test_assisted_decoding_and_prompt_lookup_give_the_greedy_text(family, mixers):
     student = tiny_student(family, mixers)

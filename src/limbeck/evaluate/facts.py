@@ -165,7 +165,7 @@ class Controls(Facts):
 
 
 class FloorFacts(Facts):
-    """The teacher with every attention output set to zero and nothing trained."""
+    """The teacher with the attention outputs that the student replaces set to zero, and nothing trained."""
 
     perplexity: Measured
     bits_per_byte: Measured = None

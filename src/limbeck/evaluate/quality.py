@@ -226,8 +226,8 @@ def paired_difference(score: TextScore, other: TextScore) -> PairedDifference:
 
 
 @contextmanager
-def zeroed_mixers(model: nn.Module) -> Iterator[int]:
-    """Make every attention (and every Hyena mixer) add nothing, for the time of the `with` block.
+def zeroed_mixers(model: nn.Module, *, layers: Collection[int] | None = None) -> Iterator[int]:
+    """Make every attention (and every Hyena mixer), or those of some layers, add nothing within the `with` block.
 
     What the model still predicts is the floor: a student far above the floor owes that to its mixers, and a text on
     which floor and teacher are close says little about them. Yields how many modules are silenced.
@@ -236,10 +236,10 @@ def zeroed_mixers(model: nn.Module) -> Iterator[int]:
     """
     from limbeck.models.surgery import find_attention
 
-    modules = [site.module for site in find_attention(model)]
+    found = [(site.layer_index, site.module) for site in find_attention(model)]
     if callable(own_mixers := getattr(model, "mixers", None)):
-        modules += list(own_mixers().values())
-    distinct = {id(module): module for module in modules}
+        found += list(own_mixers().items())
+    distinct = {id(module): module for layer, module in found if layers is None or layer in layers}
     if not distinct:
         raise TeacherError(f"{type(model).__name__} has no attention that could be set to zero.")
     handles = [module.register_forward_hook(_silence) for module in distinct.values()]

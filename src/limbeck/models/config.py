@@ -71,6 +71,10 @@ class HybridConfig(PreTrainedConfig):
         own = _cache_layer_types(self.backbone)
         return ["hyena" if mixer == "hyena" else kind for mixer, kind in zip(self.mixers, own, strict=True)]
 
+    def _get_generation_parameters(self) -> dict[str, Any]:
+        """None are set here: what looks like one is a field of the family's own configuration."""
+        return {}
+
     def validate_layer_type(self) -> None:
         """Replaces the library's check, whose closed list of layer types cannot know "hyena"."""
         if isinstance(self.backbone, PreTrainedConfig):

@@ -31,7 +31,7 @@ MASK_KEY = "hyena_mask"
 DOCUMENTS_KEY = "hyena_document_ids"
 
 _MODELING_FILE = "modeling_limbeck.py"
-_MODELING_SOURCE = '''"""For loading this folder with trust_remote_code; after `import limbeck` the flag is not needed."""
+_MODELING_SOURCE = '''"""Loads this folder by trust_remote_code; after `import limbeck` the flag is not needed."""
 
 from limbeck.models.hybrid import HybridConfig, HybridForCausalLM
 '''

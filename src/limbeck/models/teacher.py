@@ -130,28 +130,15 @@ def _load_model(place: _Place, *, revision: str | None, dtype: torch.dtype, trus
             f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), so the model would be partly random. "
             "The files are incomplete, or belong to another configuration: get them again."
         )
-    if place.kind == "gguf":
-        _forget_quantisation(model)
     _check_causal(model, place.name)
     return model
 
 
 def _gguf_options() -> dict[str, Any]:
+    """Ask for plain weights: blocks left as they are could be neither trained nor saved."""
     from transformers import GgufConfig
 
     return {"quantization_config": GgufConfig(dequantize=True)}
-
-
-def _forget_quantisation(model: Any) -> None:
-    """A dequantised model is an ordinary one; without this transformers refuses to save it."""
-    for holder, name in (
-        (model, "hf_quantizer"),
-        (model, "quantization_method"),
-        (model.config, "quantization_config"),
-    ):
-        if name in vars(holder):
-            delattr(holder, name)
-    model.is_quantized = False
 
 
 @contextmanager

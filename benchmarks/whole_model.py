@@ -17,8 +17,20 @@ from limbeck.evaluate.efficiency import compare_speed
 from limbeck.models.hybrid import build_student
 
 SHAPES = {
-    "demo": {"hidden_size": 192, "num_hidden_layers": 4, "num_attention_heads": 4, "intermediate_size": 768, "vocab_size": 2048},
-    "pythia-70m": {"hidden_size": 512, "num_hidden_layers": 6, "num_attention_heads": 8, "intermediate_size": 2048, "vocab_size": 50304},
+    "demo": {
+        "hidden_size": 192,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 768,
+        "vocab_size": 2048,
+    },
+    "pythia-70m": {
+        "hidden_size": 512,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 8,
+        "intermediate_size": 2048,
+        "vocab_size": 50304,
+    },
 }
 STUDENTS = {
     "modal": {"filter": "modal"},
@@ -40,7 +52,9 @@ def gate(teacher: nn.Module, students: dict[str, nn.Module]) -> None:
     ids = torch.randint(teacher.config.vocab_size, (1, 70))
     with torch.no_grad():
         plain = build_student(teacher, mixers=["attention"] * teacher.config.num_hidden_layers, hyena={}).eval()
-        assert torch.equal(plain(input_ids=ids).logits, teacher(input_ids=ids).logits), "nothing replaced, yet not the teacher"
+        assert torch.equal(plain(input_ids=ids).logits, teacher(input_ids=ids).logits), (
+            "nothing replaced, yet not the teacher"
+        )
         for name, student in students.items():
             whole = student(input_ids=ids).logits
             out = student(input_ids=ids[:, :37], use_cache=True)
@@ -58,32 +72,57 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--shape", choices=sorted(SHAPES), default="demo")
     parser.add_argument("--contexts", type=int, nargs="+", default=[256, 512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--student-only", type=int, nargs="*", default=[32768], help="lengths at which the teacher is not run")
+    parser.add_argument(
+        "--student-only", type=int, nargs="*", default=[32768], help="lengths at which the teacher is not run"
+    )
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--decode-tokens", type=int, default=16)
     parser.add_argument("--json", metavar="FILE")
     chosen = parser.parse_args(arguments)
     teacher = teacher_of(SHAPES[chosen.shape])
     layers = teacher.config.num_hidden_layers
-    students = {name: build_student(teacher, mixers=["hyena"] * layers, hyena=options).eval() for name, options in STUDENTS.items()}
+    students = {
+        name: build_student(teacher, mixers=["hyena"] * layers, hyena=options).eval()
+        for name, options in STUDENTS.items()
+    }
     gate(teacher, students)
     results: dict[str, Any] = {"shape": chosen.shape, **SHAPES[chosen.shape]}
     for name, student in students.items():
         facts = compare_speed(
-            teacher, student, context_lengths=chosen.contexts, repeats=chosen.repeats, decode_tokens=chosen.decode_tokens
+            teacher,
+            student,
+            context_lengths=chosen.contexts,
+            repeats=chosen.repeats,
+            decode_tokens=chosen.decode_tokens,
         )
         print(f"\n{name}, shape {chosen.shape}: {facts.note}")
-        print(f"{'context':>8} {'prefill t':>10} {'prefill s':>10} {'ratio':>7} {'decode t':>10} {'decode s':>10} {'ratio':>7} {'cache t MB':>11} {'cache s MB':>11}")
+        print(
+            "{:>8} {:>10} {:>10} {:>7} {:>10} {:>10} {:>7} {:>11} {:>11}".format(
+                "context",
+                "prefill t",
+                "prefill s",
+                "ratio",
+                "decode t",
+                "decode s",
+                "ratio",
+                "cache t MB",
+                "cache s MB",
+            )
+        )
         for row in facts.rows:
             print(
                 f"{row.context:>8} {row.teacher.prefill_seconds:>10.3f} {row.student.prefill_seconds:>10.3f} {row.prefill_speedup:>7.2f} "
                 f"{row.teacher.decode_seconds_per_token * 1e3:>8.2f}ms {row.student.decode_seconds_per_token * 1e3:>8.2f}ms "
                 f"{row.decode_speedup:>7.2f} {row.teacher.cache_bytes / 1e6:>11.2f} {row.student.cache_bytes / 1e6:>11.2f}"
             )
-        print(f"student slower: prefill at {facts.slower_prefill_at or 'no length'}, decode at {facts.slower_decode_at or 'no length'}")
+        print(
+            f"student slower: prefill at {facts.slower_prefill_at or 'no length'}, decode at {facts.slower_decode_at or 'no length'}"
+        )
         results[name] = facts.model_dump(mode="json")
         if chosen.student_only:
-            alone = compare_speed(None, student, context_lengths=chosen.student_only, repeats=1, decode_tokens=chosen.decode_tokens)
+            alone = compare_speed(
+                None, student, context_lengths=chosen.student_only, repeats=1, decode_tokens=chosen.decode_tokens
+            )
             for row in alone.rows:
                 print(
                     f"{row.context:>8} student alone: prefill {row.student.prefill_seconds:.3f} s, decode "

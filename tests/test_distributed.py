@@ -6,10 +6,10 @@ import sys
 
 import pytest
 from safetensors.torch import load_file
+from tests import tiny
 from torch.testing import assert_close
 
 from limbeck.recipe_io import dump_recipe
-from tests import tiny
 
 
 @pytest.mark.slow
@@ -19,7 +19,15 @@ def test_two_gloo_processes_equal_one(tmp_path):
     (tmp_path / "recipe.yaml").write_text(dump_recipe(tiny.recipe(teacher, text)))
     start = {
         "one": [sys.executable, "-m", "limbeck"],
-        "two": [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29511", "-m", "limbeck"],
+        "two": [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nproc-per-node=2",
+            "--master-port=29511",
+            "-m",
+            "limbeck",
+        ],
     }
     weights = {}
     for name, command in start.items():
@@ -31,4 +39,6 @@ def test_two_gloo_processes_equal_one(tmp_path):
         weights[name] = load_file(folder / "model" / "model.safetensors")
     assert weights["one"].keys() == weights["two"].keys()
     for name, one in weights["one"].items():
-        assert_close(weights["two"][name], one, atol=2e-4, rtol=1e-3, msg=lambda message, name=name: f"{name}: {message}")
+        assert_close(
+            weights["two"][name], one, atol=2e-4, rtol=1e-3, msg=lambda message, name=name: f"{name}: {message}"
+        )

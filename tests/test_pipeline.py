@@ -6,11 +6,11 @@ import warnings
 import pytest
 import torch
 from safetensors.torch import load_file
+from tests import tiny
 
 from limbeck import evaluation, pipeline
 from limbeck.core.errors import CheckpointError, DataError, LimbeckError, TeacherError
 from limbeck.evaluate.facts import read_facts
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

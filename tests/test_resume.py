@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
+from tests import tiny
 
 from limbeck import pipeline
-from tests import tiny
 
 
 @pytest.fixture(scope="module")

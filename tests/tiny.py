@@ -18,7 +18,11 @@ def write_text(path: Path, *, documents: int = 120) -> Path:
     with open(path, "w", encoding="utf-8") as stream:
         for _ in range(documents):
             one, two = chance.sample(names, 2)
-            stream.write(f'{{"text": "{one} met {two}. " }}\n'.replace('. "', ". " + f"{two} saw {one} and {one} saw {two}. " * 6 + '"'))
+            stream.write(
+                f'{{"text": "{one} met {two}. " }}\n'.replace(
+                    '. "', ". " + f"{two} saw {one} and {one} saw {two}. " * 6 + '"'
+                )
+            )
     return path
 
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from limbeck.core.errors import CheckpointError, RecipeError
 from limbeck.core.files import read_json, write_atomic, write_json
@@ -20,7 +20,7 @@ from limbeck.data.order import Mixture
 from limbeck.data.text import TextSource, read_documents
 from limbeck.data.windows import cached_windows
 from limbeck.models.flops import forward_flops_per_token
-from limbeck.models.surgery import find_attention
+from limbeck.models.surgery import find_attention, head_shape
 from limbeck.models.teacher import LoadedTeacher, load_teacher
 from limbeck.models.tokenizers import encoder, tokenizer_fingerprint, train_tokenizer
 from limbeck.recipe import Recipe
@@ -135,7 +135,9 @@ def mixer_list(recipe: Recipe, layers: int, *, errors: Mapping[int, float] | Non
     if isinstance(wanted, list):
         kept = set(wanted)
         if kept and max(kept) >= layers:
-            raise RecipeError(f"student.keep_attention: layer {max(kept)} does not exist; the teacher's layers are 0 to {layers - 1}.")
+            raise RecipeError(
+                f"student.keep_attention: layer {max(kept)} does not exist; the teacher's layers are 0 to {layers - 1}."
+            )
     else:
         count = round(wanted * layers) if isinstance(wanted, float) else wanted
         if isinstance(wanted, float) and wanted > 0:
@@ -162,7 +164,7 @@ _KEEP_RULES: dict[str, Callable[[int, int, Mapping[int, float]], set[int]]] = {
 }
 
 
-def scratch_model(recipe: Recipe, tokenizer: Any, *, seed: int) -> nn.Module:
+def scratch_model(recipe: Recipe, tokenizer: Any, *, seed: int) -> Any:
     """A new model of `student.architecture`, randomly initialised."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -177,14 +179,14 @@ def scratch_model(recipe: Recipe, tokenizer: Any, *, seed: int) -> nn.Module:
         raise RecipeError(f"student.architecture: {error}") from error
 
 
-def mixer_parameter_names(student: nn.Module) -> frozenset[str]:
+def mixer_parameter_names(student: Any) -> frozenset[str]:
     """Names of the parameters that belong to replaced mixers."""
-    mixers = getattr(student, "mixers", dict)()
+    mixers: dict[int, Any] = getattr(student, "mixers", dict)()
     own = {id(parameter) for mixer in mixers.values() for parameter in mixer.parameters()}
     return frozenset(name for name, parameter in student.named_parameters() if id(parameter) in own)
 
 
-def stage_plans(recipe: Recipe, stages: Sequence[Any], student: nn.Module, teacher: nn.Module | None) -> list[StagePlan]:
+def stage_plans(recipe: Recipe, stages: Sequence[Any], student: Any, teacher: Any) -> list[StagePlan]:
     """Settings for each phase; a progressive `align` becomes one phase per replaced layer, its budget shared equally."""
     names = mixer_parameter_names(student)
     layers = sorted(getattr(student, "mixers", dict)())
@@ -193,7 +195,15 @@ def stage_plans(recipe: Recipe, stages: Sequence[Any], student: nn.Module, teach
         if spec.kind == "align" and spec.order == "progressive":
             share = max(spec.batch_tokens, spec.tokens // max(1, len(layers)))
             for layer in layers:
-                settings = _settings(recipe, spec, student, teacher, name=f"{spec.name}-layer{layer:02d}", tokens=share, mixer_names=names)
+                settings = _settings(
+                    recipe,
+                    spec,
+                    student,
+                    teacher,
+                    name=f"{spec.name}-layer{layer:02d}",
+                    tokens=share,
+                    mixer_names=names,
+                )
                 plans.append(StagePlan(spec, settings, (layer,)))
         else:
             chosen = tuple(layers) if spec.kind == "align" else None
@@ -203,11 +213,19 @@ def stage_plans(recipe: Recipe, stages: Sequence[Any], student: nn.Module, teach
 
 
 def _settings(
-    recipe: Recipe, spec: Any, student: nn.Module, teacher: nn.Module | None, *, name: str, tokens: int, mixer_names: frozenset[str]
+    recipe: Recipe,
+    spec: Any,
+    student: Any,
+    teacher: Any,
+    *,
+    name: str,
+    tokens: int,
+    mixer_names: frozenset[str],
 ) -> StageSettings:
     context = recipe.data.context_tokens
     flops = 0.0
     if spec.kind == "align":
+        assert teacher is not None
         flops = forward_flops_per_token(teacher, context) + 3 * _mixer_flops(student, context)
     else:
         flops = 3 * forward_flops_per_token(student, context)
@@ -223,15 +241,15 @@ def _settings(
     )  # fmt: skip
 
 
-def _mixer_flops(student: nn.Module, context: int) -> float:
-    mixers = getattr(student, "mixers", dict)()
+def _mixer_flops(student: Any, context: int) -> float:
+    mixers: dict[int, Any] = getattr(student, "mixers", dict)()
     return sum(forward_flops_per_token(mixer, context) for mixer in mixers.values())
 
 
-def freeze(student: nn.Module, plan: StagePlan) -> None:
+def freeze(student: Any, plan: StagePlan) -> None:
     """Let only what the phase trains have gradients."""
     names = mixer_parameter_names(student)
-    mixers = getattr(student, "mixers", dict)()
+    mixers: dict[int, Any] = getattr(student, "mixers", dict)()
     chosen = None if plan.layers is None else {id(p) for layer in plan.layers for p in mixers[layer].parameters()}
     for name, parameter in student.named_parameters():
         if chosen is not None:
@@ -240,7 +258,7 @@ def freeze(student: nn.Module, plan: StagePlan) -> None:
             parameter.requires_grad_(getattr(plan.spec, "train", "all") == "all" or name in names)
 
 
-def build_lesson(plan: StagePlan, student: nn.Module, teacher: nn.Module | None, *, power: Mapping[int, float]) -> nn.Module:
+def build_lesson(plan: StagePlan, student: Any, teacher: Any, *, power: Mapping[int, float]) -> Any:
     """The lesson of a phase."""
     spec = plan.spec
     if spec.kind == "align":
@@ -277,11 +295,35 @@ def as_tune(stages: Sequence[Any], total_tokens: int, *, is_new: bool) -> Any:
     return TuneStage(**kept | rate, kind="tune", name="tune", tokens=total_tokens)
 
 
+def arm_stages(recipe: Recipe) -> dict[str, list[Any]]:
+    """The arms of a run and the stages of each: the student first, then the controls asked for, all with equal tokens."""
+    stages, total = list(recipe.stages), recipe.total_tokens
+    arms = {"student": stages}
+    if recipe.teacher is None:
+        return arms
+    logit_stages = [stage for stage in stages if stage.kind != "align"]
+    if recipe.controls.from_scratch:
+        arms["from_scratch"] = [as_tune(stages, total, is_new=True)]
+    if recipe.controls.copied and 0 < len(logit_stages) < len(stages):
+        arms["copied"] = stretch(logit_stages, total)
+    if recipe.controls.teacher_more:
+        arms["teacher_more"] = [as_tune(stages, total, is_new=False)]
+    return arms
+
+
+def hyena_options(recipe: Recipe, teacher: Any) -> dict[str, Any]:
+    """Options of the student's operators: the recipe's, with `expand` turned into channels by the teacher's heads."""
+    options = recipe.student.hyena.model_dump()
+    options["inner_width"] = options.pop("expand") * math.prod(head_shape(find_attention(teacher)[0]))
+    return options
+
+
 def stretch(stages: Sequence[Any], total_tokens: int) -> list[Any]:
     """The same stages with their tokens scaled up to a total, the last one taking what rounding leaves."""
     own = sum(stage.steps * stage.batch_tokens for stage in stages)
     longer = [
-        stage.model_copy(update={"tokens": max(1, round(stage.steps * total_tokens / own)) * stage.batch_tokens}) for stage in stages
+        stage.model_copy(update={"tokens": max(1, round(stage.steps * total_tokens / own)) * stage.batch_tokens})
+        for stage in stages
     ]
     rest = total_tokens - sum(stage.tokens for stage in longer[:-1])
     longer[-1] = longer[-1].model_copy(update={"tokens": max(longer[-1].batch_tokens, rest)})

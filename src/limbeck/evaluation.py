@@ -31,7 +31,9 @@ def open_place(place: str, *, device: torch.device) -> LoadedTeacher:
     folder = Path(place)
     if (folder / "recipe.json").exists() and not (folder / "config.json").exists():
         if not (folder / "model" / "config.json").exists():
-            raise LimbeckError(f"{folder} is a run that has not finished: give its `limbeck run` command again, or name a model folder.")
+            raise LimbeckError(
+                f"{folder} is a run that has not finished: give its `limbeck run` command again, or name a model folder."
+            )
         place = str(folder / "model")
     loaded = load_teacher(place, device=device)
     loaded.model.eval()
@@ -110,7 +112,14 @@ def compare_places(places: Sequence[str], **options: Any) -> list[dict[str, Any]
 
 
 def generate_from(
-    place: str, prompt: str, *, max_new_tokens: int = 100, temperature: float = 0.0, top_p: float = 1.0, seed: int = 0, device: str = "auto"
+    place: str,
+    prompt: str,
+    *,
+    max_new_tokens: int = 100,
+    temperature: float = 0.0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    device: str = "auto",
 ) -> Iterator[str]:
     """Continue a prompt, piece by piece."""
     loaded = open_place(place, device=pick_device(device))

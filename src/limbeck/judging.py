@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import platform
-from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 import limbeck
 from limbeck import assembly
@@ -31,7 +29,14 @@ from limbeck.evaluate.facts import (
     TextFacts,
     Versus,
 )
-from limbeck.evaluate.quality import TextScore, compare_models, paired_difference, pool_scores, score_text, zeroed_mixers
+from limbeck.evaluate.quality import (
+    TextScore,
+    compare_models,
+    paired_difference,
+    pool_scores,
+    score_text,
+    zeroed_mixers,
+)
 from limbeck.evaluate.report import write_report
 from limbeck.models.generation import continue_text
 from limbeck.recipe_io import dump_recipe
@@ -46,7 +51,7 @@ def report(work: Run, results: dict[str, ArmResult]) -> dict[str, Any]:
     """Judge the teacher and every arm, write the report and the student's folder. Returns report.json's content."""
     save_student(work, results["student"].model)
     texts = evaluation_texts(work)
-    models: dict[str, nn.Module] = {} if work.teacher is None else {"teacher": work.teacher.model}
+    models: dict[str, Any] = {} if work.teacher is None else {"teacher": work.teacher.model}
     models |= {name: result.model for name, result in results.items()}
     facts, scores = {}, {}
     for name, model in models.items():
@@ -67,7 +72,7 @@ def report(work: Run, results: dict[str, ArmResult]) -> dict[str, Any]:
     return read_json(work.folder / "report.json")
 
 
-def save_student(work: Run, student: nn.Module) -> None:
+def save_student(work: Run, student: Any) -> None:
     """Write the student as a plain `from_pretrained` folder, tokenizer included."""
     folder = work.folder / "model"
     student.save_pretrained(folder)
@@ -90,31 +95,37 @@ def evaluation_texts(work: Run) -> dict[str, list[str]]:
     return texts
 
 
-def judge_model(work: Run, name: str, model: nn.Module, texts: dict[str, list[str]]) -> tuple[ModelFacts, TextScore]:
+def judge_model(work: Run, name: str, model: Any, texts: dict[str, list[str]]) -> tuple[ModelFacts, TextScore]:
     """Quality of one model on all texts, its nearness to the teacher, and samples."""
-    facts = ModelFacts(**parameter_facts(model))
+    facts = ModelFacts.model_validate(parameter_facts(model))
     scores = score_texts(work, name, model, texts)
     pooled = pool_scores(list(scores.values()))
     facts.take_score(pooled)
     facts.texts = [TextFacts.from_score(text, score) for text, score in scores.items()]
     if work.teacher is not None and name != "teacher":
         documents = [document for found in texts.values() for document in found]
-        facts.take_comparison(compare_models(work.teacher.model, model, work.tokenizer, documents, **protocol(work, parts=4)))
+        facts.take_comparison(
+            compare_models(work.teacher.model, model, work.tokenizer, documents, **protocol(work, parts=4))
+        )
     if name in _SAMPLED:
-        facts.samples = [Sample(prompt=prompt, text=sample(work, model, prompt)) for prompt in work.recipe.evaluation.prompts]
+        facts.samples = [
+            Sample(prompt=prompt, text=sample(work, model, prompt)) for prompt in work.recipe.evaluation.prompts
+        ]
     return facts, pooled
 
 
-def score_texts(work: Run, name: str, model: nn.Module, texts: dict[str, list[str]]) -> dict[str, TextScore]:
+def score_texts(work: Run, name: str, model: Any, texts: dict[str, list[str]]) -> dict[str, TextScore]:
     """Score every text, or read the scores back if this was done before the run was stopped."""
     file = work.folder / "evaluation" / f"{name}.json"
     if file.exists():
         kept = read_json(file)
         return {
-            text: TextScore(**score | {key: tuple(score[key]) for key in ("block_nats", "block_tokens")}) for text, score in kept.items()
+            text: TextScore(**score | {key: tuple(score[key]) for key in ("block_nats", "block_tokens")})
+            for text, score in kept.items()
         }
     scores = {
-        text: score_text(model, work.tokenizer, documents, **protocol(work, parts=len(texts))) for text, documents in texts.items()
+        text: score_text(model, work.tokenizer, documents, **protocol(work, parts=len(texts)))
+        for text, documents in texts.items()
     }
     write_json(file, {text: asdict(score) for text, score in scores.items()})
     return scores
@@ -129,10 +140,12 @@ def protocol(work: Run, *, parts: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sample(work: Run, model: nn.Module, prompt: str) -> str:
+def sample(work: Run, model: Any, prompt: str) -> str:
     """A greedy continuation: the same prompt, side by side."""
     seed_everything(work.recipe.seed)
-    return continue_text(model, work.tokenizer, prompt, max_new_tokens=work.recipe.evaluation.sample_tokens, temperature=0.0)
+    return continue_text(
+        model, work.tokenizer, prompt, max_new_tokens=work.recipe.evaluation.sample_tokens, temperature=0.0
+    )
 
 
 def add_books(facts: ModelFacts, result: ArmResult, work: Run) -> None:
@@ -149,7 +162,9 @@ def add_books(facts: ModelFacts, result: ArmResult, work: Run) -> None:
     ]  # fmt: skip
 
 
-def measure_floor(work: Run, student: Any, texts: dict[str, list[str]], scores: dict[str, TextScore]) -> FloorFacts | None:
+def measure_floor(
+    work: Run, student: Any, texts: dict[str, list[str]], scores: dict[str, TextScore]
+) -> FloorFacts | None:
     """The teacher with the mixers zeroed that the student replaces."""
     if work.teacher is None or not work.recipe.controls.floor:
         return None
@@ -162,7 +177,7 @@ def measure_floor(work: Run, student: Any, texts: dict[str, list[str]], scores: 
     return FloorFacts(perplexity=floor.perplexity, bits_per_byte=floor.bits_per_byte, ratio_to_teacher=ratio)
 
 
-def measure_speeds(work: Run, student: nn.Module) -> Any:
+def measure_speeds(work: Run, student: Any) -> Any:
     """Prefill, decode and memory by context length, teacher beside student."""
     words = work.recipe.evaluation.speed
     if words is None:
@@ -170,11 +185,16 @@ def measure_speeds(work: Run, student: nn.Module) -> Any:
     work.say("measuring speed")
     teacher = None if work.teacher is None else work.teacher.model
     return compare_speed(
-        teacher, student, context_lengths=words.context_lengths, decode_tokens=words.decode_tokens, repeats=words.repeats, device=work.device
+        teacher,
+        student,
+        context_lengths=words.context_lengths,
+        decode_tokens=words.decode_tokens,
+        repeats=words.repeats,
+        device=work.device,
     )
 
 
-def layer_facts(work: Run, student: nn.Module) -> list[LayerFacts]:
+def layer_facts(work: Run, student: Any) -> list[LayerFacts]:
     """Each layer's mixer and its held-out errors through the run."""
     file = work.folder / "layers.json"
     if not file.exists():
@@ -186,7 +206,9 @@ def layer_facts(work: Run, student: nn.Module) -> list[LayerFacts]:
     found = []
     for layer, mixer in enumerate(student.config.mixers):
         first, fitted = before.get(layer, (None, None))
-        note = "fits no better than zero" + (": attention kept" if mixer == "attention" else "") if layer in failed else ""
+        note = (
+            "fits no better than zero" + (": attention kept" if mixer == "attention" else "") if layer in failed else ""
+        )
         found.append(
             LayerFacts(
                 index=layer, mixer=mixer, nmse_initial=first, nmse_calibrated=fitted, nmse_after_align=after.get(layer),
@@ -234,5 +256,3 @@ def processor_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
-
-

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from limbeck import assembly, judging, students
 from limbeck.core.files import read_json, write_json
@@ -33,7 +32,6 @@ from limbeck.core.runtime import (
     wait_for_all,
 )
 from limbeck.data.order import Mixture
-from limbeck.models.teacher import LoadedTeacher
 from limbeck.recipe import Recipe, with_budget
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from limbeck.train.metrics import MetricsLog, Progress, choose_progress
@@ -48,7 +46,7 @@ class Run:
     recipe: Recipe
     folder: Path
     device: torch.device
-    teacher: LoadedTeacher | None
+    teacher: Any
     tokenizer: Any
     data: Mixture
     heldout: Mixture
@@ -70,7 +68,7 @@ class Arm:
     """One model to train: how it starts, and the stages it goes through."""
 
     name: str
-    build: Callable[[], nn.Module]
+    build: Callable[[], Any]
     stages: list[Any]
 
 
@@ -78,12 +76,14 @@ class Arm:
 class ArmResult:
     """A trained arm: its model and its books."""
 
-    model: nn.Module
+    model: Any
     stages: list[StageResult]
     seconds: float
 
 
-def run(recipe: Recipe, *, run_folder: Path | None = None, budget: float = 1.0, progress: bool = True) -> dict[str, Any]:
+def run(
+    recipe: Recipe, *, run_folder: Path | None = None, budget: float = 1.0, progress: bool = True
+) -> dict[str, Any]:
     """Carry one recipe from teacher to report, continuing it if it was begun. Returns the report's facts."""
     recipe = with_budget(recipe, budget)
     folder = Path(run_folder or recipe.run_folder)
@@ -112,9 +112,21 @@ def open_run(recipe: Recipe, folder: Path, device: torch.device, stop: StopReque
     tokenizer = assembly.open_tokenizer(recipe, teacher, folder)
     enough = int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
     data = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.train, max_tokens=enough)
-    heldout = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.heldout, max_tokens=enough)
+    few = students.HELDOUT_WINDOWS * recipe.data.context_tokens
+    heldout = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.heldout, max_tokens=few)
     log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
-    return Run(recipe, folder, device, teacher, tokenizer, data, heldout, log, choose_progress(show_progress and is_main()), stop)
+    return Run(
+        recipe,
+        folder,
+        device,
+        teacher,
+        tokenizer,
+        data,
+        heldout,
+        log,
+        choose_progress(show_progress and is_main()),
+        stop,
+    )
 
 
 def arms_of(work: Run, results: dict[str, ArmResult]) -> list[Arm]:
@@ -122,26 +134,23 @@ def arms_of(work: Run, results: dict[str, ArmResult]) -> list[Arm]:
 
     Controls are built after the student is trained, so that they have its final layout (`results` is read then).
     """
-    recipe, stages = work.recipe, list(work.recipe.stages)
-    if work.teacher is None:
-        seed = derive_seed(recipe.seed, "student")
-        return [Arm("student", lambda: assembly.scratch_model(recipe, work.tokenizer, seed=seed), stages)]
+    recipe = work.recipe
 
     def layout() -> list[str]:
         return list(results["student"].model.config.mixers)
 
-    logit_stages = [stage for stage in stages if stage.kind != "align"]
-    arms = [Arm("student", lambda: students.initial_student(work), stages)]
-    if recipe.controls.from_scratch:
-        plain = assembly.as_tune(stages, recipe.total_tokens, is_new=True)
-        arms.append(Arm("from_scratch", lambda: students.random_student(work, layout()), [plain]))
-    if recipe.controls.copied and 0 < len(logit_stages) < len(stages):
-        longer = assembly.stretch(logit_stages, recipe.total_tokens)
-        arms.append(Arm("copied", lambda: students.student_with_layout(work, layout()), longer))
-    if recipe.controls.teacher_more:
-        plain = assembly.as_tune(stages, recipe.total_tokens, is_new=False)
-        arms.append(Arm("teacher_more", lambda: students.copy_of_teacher(work), [plain]))
-    return arms
+    def student() -> Any:
+        if work.teacher is None:
+            return assembly.scratch_model(recipe, work.tokenizer, seed=derive_seed(recipe.seed, "student"))
+        return students.initial_student(work)
+
+    starts: dict[str, Callable[[], Any]] = {
+        "student": student,
+        "from_scratch": lambda: students.random_student(work, layout()),
+        "copied": lambda: students.student_with_layout(work, layout()),
+        "teacher_more": lambda: students.copy_of_teacher(work),
+    }
+    return [Arm(name, starts[name], stages) for name, stages in assembly.arm_stages(recipe).items()]
 
 
 def train_arm(work: Run, arm: Arm) -> ArmResult:
@@ -165,7 +174,11 @@ def train_arm(work: Run, arm: Arm) -> ArmResult:
     if is_main():
         save_checkpoint(folder / "final", Checkpoint(0, {"model": dict(weights_of(model))}, {}), keep=1)
         mixers = list(getattr(model.config, "mixers", []))
-        books = {"stages": [asdict(result) for result in results], "mixers": mixers, "wall_seconds": time.monotonic() - begun}
+        books = {
+            "stages": [asdict(result) for result in results],
+            "mixers": mixers,
+            "wall_seconds": time.monotonic() - begun,
+        }
         write_json(done, books)
         for finished in folder.glob("*/checkpoints"):
             shutil.rmtree(finished)
@@ -184,7 +197,9 @@ def read_arm(work: Run, arm: Arm, folder: Path) -> ArmResult:
     return ArmResult(model.to(work.device).eval(), stages, sum(stage.seconds for stage in stages))
 
 
-def train_plan(work: Run, arm: Arm, model: nn.Module, plan: assembly.StagePlan, first_sample: int, folder: Path) -> StageResult:
+def train_plan(
+    work: Run, arm: Arm, model: Any, plan: assembly.StagePlan, first_sample: int, folder: Path
+) -> StageResult:
     """Train one phase of one arm."""
     assembly.freeze(model, plan)
     if plan.spec.dropout is not None:
@@ -197,6 +212,6 @@ def train_plan(work: Run, arm: Arm, model: nn.Module, plan: assembly.StagePlan, 
     )  # fmt: skip
 
 
-def teacher_model(work: Run) -> nn.Module | None:
+def teacher_model(work: Run) -> Any:
     """The teacher's model, if the run has a teacher."""
     return None if work.teacher is None else work.teacher.model

@@ -6,7 +6,6 @@ and parameters are counted; memory and time are estimates, and say so.
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -34,7 +33,7 @@ from limbeck.models.costs import (
 )
 from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.hybrid import HyenaMixer
-from limbeck.models.surgery import find_attention, head_shape
+from limbeck.models.surgery import find_attention
 from limbeck.models.teacher_errors import explain_loading
 from limbeck.recipe import Recipe
 
@@ -120,8 +119,7 @@ def build_models(recipe: Recipe) -> tuple[Any | None, Any]:
     config = teacher_config(recipe.teacher.source, revision=recipe.teacher.revision)
     teacher = _build_meta(config)
     sites = find_attention(teacher)
-    hyena = recipe.student.hyena.model_dump()
-    hyena["inner_width"] = hyena.pop("expand") * math.prod(head_shape(sites[0]))
+    hyena = assembly.hyena_options(recipe, teacher)
     hybrid = HybridConfig(backbone=config, mixers=assembly.mixer_list(recipe, len(sites)), hyena=hyena)
     return teacher, _build_meta(hybrid)
 
@@ -166,7 +164,8 @@ def teacher_config(source: str, *, revision: str | None = None) -> PreTrainedCon
 
 def plan_phases(recipe: Recipe, student: Any, teacher: Any | None) -> Iterator[Phase]:
     """Every stretch of training of every arm, in the order of the run."""
-    for arm, model, stages in _arms(recipe, student, teacher):
+    for arm, stages in assembly.arm_stages(recipe).items():
+        model: Any = teacher if arm == "teacher_more" else student
         for phase in assembly.stage_plans(recipe, stages, model, teacher):
             settings = phase.settings
             assembly.freeze(model, phase)
@@ -181,20 +180,6 @@ def plan_phases(recipe: Recipe, student: Any, teacher: Any | None) -> Iterator[P
                 trains_through=phase.spec.kind != "align" or phase.spec.inputs == "student",
                 micro_batch_tokens=min(windows, settings.micro_batch_sequences or windows) * recipe.data.context_tokens,
             )  # fmt: skip
-
-
-def _arms(recipe: Recipe, student: Any, teacher: Any | None) -> Iterator[tuple[str, Any, list[Any]]]:
-    stages, total = list(recipe.stages), recipe.total_tokens
-    yield "student", student, stages
-    if teacher is None:
-        return
-    logit_stages = [stage for stage in stages if stage.kind != "align"]
-    if recipe.controls.from_scratch:
-        yield "from_scratch", student, [assembly.as_tune(stages, total, is_new=True)]
-    if recipe.controls.copied and 0 < len(logit_stages) < len(stages):
-        yield "copied", student, assembly.stretch(logit_stages, total)
-    if recipe.controls.teacher_more:
-        yield "teacher_more", teacher, [assembly.as_tune(stages, total, is_new=False)]
 
 
 def training_rows(phases: list[Phase], machine: Machine) -> list[dict[str, Any]]:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import nn
 
 from limbeck import assembly
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import derive_seed, is_main, seed_everything, wait_for_all
 from limbeck.models.hybrid import HybridForCausalLM, build_student
 from limbeck.models.initialise import LayerFit, calibrate, capture, copy_projections, normalised_error, stack_documents
-from limbeck.models.surgery import find_attention, head_shape
+from limbeck.models.surgery import find_attention
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from limbeck.train.trainer import load_weights, weights_of
 
 if TYPE_CHECKING:
     from limbeck.pipeline import Run
 
-_HELDOUT_ROWS = 8
+# Windows of held-out text on which layer errors are measured.
+HELDOUT_WINDOWS = 64
+_ROWS = 8
 
 
-def initial_student(work: Run) -> nn.Module:
+def initial_student(work: Run) -> Any:
     """The student before any training: the teacher with mixers in place of attention, initialised as the recipe says.
 
     Made once; a continued run and the `copied` control read the same weights back.
@@ -64,11 +64,9 @@ def _prepare(work: Run) -> tuple[list[str], list[LayerFit], HybridForCausalLM]:
 
 def _blank(work: Run, mixers: Sequence[str]) -> HybridForCausalLM:
     seed_everything(derive_seed(work.recipe.seed, "student"))
-    hyena = work.recipe.student.hyena.model_dump()
-    expand = hyena.pop("expand")
-    if expand != 1:
-        hyena["inner_width"] = expand * math.prod(head_shape(find_attention(work.teacher.model)[0]))
-    return build_student(work.teacher.model, mixers=list(mixers), hyena=hyena).to(work.device)
+    hyena = assembly.hyena_options(work.recipe, work.teacher.model)
+    student: Any = build_student(work.teacher.model, mixers=list(mixers), hyena=hyena)
+    return student.to(work.device)
 
 
 def _initialise(work: Run, student: HybridForCausalLM) -> list[LayerFit]:
@@ -90,7 +88,7 @@ def _measure_fits(work: Run, student: HybridForCausalLM) -> list[LayerFit]:
     return [LayerFit(layer, error, error) for layer, error in errors.items()]
 
 
-def random_student(work: Run, mixers: Sequence[str]) -> nn.Module:
+def random_student(work: Run, mixers: Sequence[str]) -> Any:
     """The student's architecture with nothing of the teacher in it: every weight drawn anew."""
     from transformers import AutoModelForCausalLM
 
@@ -100,7 +98,7 @@ def random_student(work: Run, mixers: Sequence[str]) -> nn.Module:
     return AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(work.device)
 
 
-def student_with_layout(work: Run, mixers: Sequence[str], like: nn.Module | None = None) -> nn.Module:
+def student_with_layout(work: Run, mixers: Sequence[str], like: Any = None) -> Any:
     """A student with these mixers; layers that `like` (or the saved start) has too take their weights from it."""
     source = like if like is not None else initial_student(work)
     if list(source.config.mixers) == list(mixers):
@@ -116,32 +114,39 @@ def student_with_layout(work: Run, mixers: Sequence[str], like: nn.Module | None
 
 def heldout_batches(work: Run) -> list[Any]:
     """A few held-out windows for layer errors (never for training, nor for choosing settings of a run)."""
-    rows = min(_HELDOUT_ROWS, len(work.heldout.sources[0]))
-    most = max(1, min(8, work.heldout.tokens // (rows * work.heldout.context_tokens)))
-    return [work.heldout.batch(i * rows, rows).to(work.device) for i in range(most)]
+    rows = min(_ROWS, work.heldout.windows)
+    count = max(1, min(HELDOUT_WINDOWS, work.heldout.windows) // rows)
+    return [work.heldout.batch(i * rows, rows).to(work.device) for i in range(count)]
 
 
-def layer_errors(work: Run, student: nn.Module) -> dict[int, float]:
+def layer_errors(work: Run, student: Any) -> dict[int, float]:
     """Held-out normalised MSE of every replaced layer, each fed the teacher's inputs."""
     mixers = student.mixers()
     if not mixers:
         return {}
     batches = heldout_batches(work)
-    modules = {site.layer_index: site.module for site in find_attention(work.teacher.model) if site.layer_index in mixers}
+    modules = {
+        site.layer_index: site.module for site in find_attention(work.teacher.model) if site.layer_index in mixers
+    }
     seen = capture(work.teacher.model, batches, modules)
     documents_BT = stack_documents(batches)
-    return {layer: normalised_error(mixer.operator, *seen[layer], document_ids_BT=documents_BT) for layer, mixer in mixers.items()}
+    return {
+        layer: normalised_error(mixer.operator, *seen[layer], document_ids_BT=documents_BT)
+        for layer, mixer in mixers.items()
+    }
 
 
 def target_power(work: Run, layers: Sequence[int]) -> dict[int, float]:
     """Mean square of the teacher's attention outputs by layer, on the first training windows: the scale of `align`."""
     batches = [work.data.batch(i * 8, 8).to(work.device) for i in range(2)]
-    modules = {site.layer_index: site.module for site in find_attention(work.teacher.model) if site.layer_index in layers}
+    modules = {
+        site.layer_index: site.module for site in find_attention(work.teacher.model) if site.layer_index in layers
+    }
     seen = capture(work.teacher.model, batches, modules)
     return {layer: max(float(outputs.float().square().mean()), 1e-12) for layer, (_inputs, outputs) in seen.items()}
 
 
-def keep_failed_layers(work: Run, arm: str, student: nn.Module) -> nn.Module:
+def keep_failed_layers(work: Run, arm: str, student: Any) -> Any:
     """After alignment: a layer whose held-out normalised MSE is 1 or more keeps its attention, and that is said.
 
     With `student.failed_layers: swap` it is swapped all the same, and that is said too.
@@ -157,13 +162,15 @@ def keep_failed_layers(work: Run, arm: str, student: nn.Module) -> nn.Module:
         return student
     listed = ", ".join(f"{layer} ({errors[layer]:.2f})" for layer in failed)
     if work.recipe.student.failed_layers == "swap":
-        work.say(f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1) and are swapped in as the recipe asks")
+        work.say(
+            f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1) and are swapped in as the recipe asks"
+        )
         return student
     work.say(f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1): they keep their attention")
     mixers = ["attention" if layer in failed else word for layer, word in enumerate(student.config.mixers)]
     return student_with_layout(work, mixers, like=student)
 
 
-def copy_of_teacher(work: Run) -> nn.Module:
+def copy_of_teacher(work: Run) -> Any:
     """The teacher itself, to be trained further."""
     return copy.deepcopy(work.teacher.model).requires_grad_(True)

@@ -34,13 +34,19 @@ def test_jsonl_and_parquet_agree(tmp_path):
     rows = [{"body": f"text {i}"} for i in range(5)]
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps(row) for row in rows))
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
-    read = [list(read_documents(TextSource(str(tmp_path / name), split="all", field="body"))) for name in ("a.jsonl", "a.parquet")]
+    read = [
+        list(read_documents(TextSource(str(tmp_path / name), split="all", field="body")))
+        for name in ("a.jsonl", "a.parquet")
+    ]
     assert read[0] == read[1] == [row["body"] for row in rows]
 
 
 def test_train_and_heldout_partition_a_file(tmp_path):
     (tmp_path / "a.jsonl").write_text("\n".join(json.dumps({"text": str(i)}) for i in range(120)))
-    parts = {split: list(read_documents(TextSource(str(tmp_path / "a.jsonl"), split=split))) for split in ("train", "heldout", "all")}
+    parts = {
+        split: list(read_documents(TextSource(str(tmp_path / "a.jsonl"), split=split)))
+        for split in ("train", "heldout", "all")
+    }
     assert len(parts["heldout"]) == 2
     assert sorted(parts["train"] + parts["heldout"]) == sorted(parts["all"])
 
@@ -67,8 +73,8 @@ def test_missing_files_and_folders(tmp_path):
         list(read_documents(TextSource(str(tmp_path / "none.txt"))))
     with pytest.raises(DataError, match="folder holds no"):
         list(read_documents(TextSource(str(tmp_path))))
+    (tmp_path / "a.txt").write_text("x")
     with pytest.raises(DataError, match='not "test"'):
-        (tmp_path / "a.txt").write_text("x")
         list(read_documents(TextSource(str(tmp_path / "a.txt"), split="test")))
     with pytest.raises(DataError, match="Did you mean"):
         list(read_documents(TextSource("factbook", split="held")))

@@ -87,13 +87,23 @@ def test_sums_over_parts_make_the_whole():
     ids, mask = torch.randint(6, (4, 5)), torch.ones(4, 5, dtype=torch.bool)
     student, teacher = torch.randn(4, 5, 6, dtype=torch.float64), torch.randn(4, 5, 6, dtype=torch.float64)
     whole, _ = logit_loss(student, teacher, ids, mask, kl=1.0, ce=1.0)
-    parts = [logit_loss(student[i : i + 1], teacher[i : i + 1], ids[i : i + 1], mask[i : i + 1], kl=1.0, ce=1.0)[0] for i in range(4)]
+    parts = [
+        logit_loss(student[i : i + 1], teacher[i : i + 1], ids[i : i + 1], mask[i : i + 1], kl=1.0, ce=1.0)[0]
+        for i in range(4)
+    ]
     assert_close(torch.stack(parts).sum(), whole)
 
 
 def test_kl_without_teacher_is_refused():
     with pytest.raises(ValueError, match="teacher"):
-        logit_loss(torch.zeros(1, 2, 3), None, torch.zeros(1, 2, dtype=torch.long), torch.ones(1, 2, dtype=torch.bool), kl=1.0, ce=0.0)
+        logit_loss(
+            torch.zeros(1, 2, 3),
+            None,
+            torch.zeros(1, 2, dtype=torch.long),
+            torch.ones(1, 2, dtype=torch.bool),
+            kl=1.0,
+            ce=0.0,
+        )
 
 
 def test_normalised_squared_error():

@@ -49,7 +49,10 @@ def test_a_damaged_newest_gives_way_to_the_one_before(tmp_path, damage, name):
 
 def test_all_damaged_is_an_error_with_a_way_out(tmp_path):
     truncate(save_checkpoint(tmp_path, checkpoint(1), keep=2) / "model.safetensors")
-    with pytest.warns(UserWarning), pytest.raises(CheckpointError, match="Remove that folder"):
+    with (
+        pytest.warns(UserWarning, match="Trying the one before"),
+        pytest.raises(CheckpointError, match="Remove that folder"),
+    ):
         newest_checkpoint(tmp_path)
 
 

@@ -55,7 +55,15 @@ def trained(folder, *, settings=SETTINGS, stop=None, lesson=NextToken):
         model.drop.p = 0.0
     log = MetricsLog(folder / "metrics.jsonl")
     result = train_stage(
-        lesson(model), data(), settings, folder=folder / "ck", log=log, arm="student", seed=1, device=torch.device("cpu"), stop=stop
+        lesson(model),
+        data(),
+        settings,
+        folder=folder / "ck",
+        log=log,
+        arm="student",
+        seed=1,
+        device=torch.device("cpu"),
+        stop=stop,
     )
     return model, result
 

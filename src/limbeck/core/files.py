@@ -83,7 +83,9 @@ def read_json(path: Path) -> Any:
     try:
         return json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path} is not readable JSON ({error}). Restore it or remove the folder it is in.") from error
+        raise CheckpointError(
+            f"{path} is not readable JSON ({error}). Restore it or remove the folder it is in."
+        ) from error
 
 
 def sha256_file(path: Path) -> str:

@@ -41,9 +41,13 @@ def pick_device(name: str = "auto") -> torch.device:
         try:
             device = torch.device(name)
         except RuntimeError as error:
-            raise EnvironmentFault(f'runtime.device: "{name}" is not a device. Use auto, cpu, cuda, cuda:0 or mps.') from error
+            raise EnvironmentFault(
+                f'runtime.device: "{name}" is not a device. Use auto, cpu, cuda, cuda:0 or mps.'
+            ) from error
         if device.type != "cpu" and (accelerator is None or accelerator.type != device.type):
-            raise EnvironmentFault(f'runtime.device: "{name}" was asked for but this machine has none. Use auto or cpu.')
+            raise EnvironmentFault(
+                f'runtime.device: "{name}" was asked for but this machine has none. Use auto or cpu.'
+            )
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     return device

@@ -34,7 +34,10 @@ class Batch:
             return None if tensor is None else tensor.to(device, non_blocking=True)
 
         return Batch(
-            self.input_ids_BT.to(device), self.loss_mask_BT.to(device), move(self.document_ids_BT), move(self.position_ids_BT)
+            self.input_ids_BT.to(device),
+            self.loss_mask_BT.to(device),
+            move(self.document_ids_BT),
+            move(self.position_ids_BT),
         )
 
     @property

@@ -33,6 +33,11 @@ class Mixture:
         return self.sources[0].context_tokens
 
     @property
+    def windows(self) -> int:
+        """Distinct windows in all sources together."""
+        return sum(len(source) for source in self.sources)
+
+    @property
     def tokens(self) -> int:
         """Distinct tokens in all sources together."""
         return sum(len(source) * source.context_tokens for source in self.sources)

@@ -19,9 +19,11 @@ _OUR_SPLITS = ("train", "heldout", "all")
 class TextSource:
     """One source of documents.
 
-    source: `factbook`, a path to a .txt/.md/.jsonl/.parquet file or a folder of them, or a hub data set id. split: for
-    files, `train` leaves out every 50th document and `heldout` is exactly those, while `all` takes everything. field: the column of structured files. config: a hub
-    data set's configuration. weight: how often its tokens are used, relative to their number.
+    source: `factbook`, a path to a .txt/.md/.jsonl/.parquet file or a folder of them, or a hub data set id.
+    split: `train` leaves out every 50th document and `heldout` is exactly those, while `all` takes everything; another
+    word is a hub data set's own split, taken whole. field: the column of structured files. config: a hub data set's
+    configuration. rows: `documents` when each row is one, `lines` when rows are lines of running text (as WikiText has
+    them) to be gathered into documents. weight: how often its tokens are used, relative to their number.
     """
 
     source: str
@@ -45,7 +47,9 @@ def read_documents(source: TextSource) -> Iterator[str]:
         documents = _as_documents(_read_path(path, source.field), source)
         yield from _pick_split(documents, source.split, name=source.source)
     elif path.suffix in _SUFFIXES or source.source.startswith((".", "/", "~")):
-        raise DataError(f"text source {source.source}: no such file or folder. Give an existing path, or a hub data set id.")
+        raise DataError(
+            f"text source {source.source}: no such file or folder. Give an existing path, or a hub data set id."
+        )
     else:
         own_split = source.split in _OUR_SPLITS
         documents = _as_documents(_read_hub(source, split="train" if own_split else source.split), source)
@@ -127,7 +131,9 @@ def _read_parquet(path: Path, field: str) -> Iterator[str]:
     try:
         table = pyarrow.parquet.ParquetFile(path)
         if field not in table.schema_arrow.names:
-            raise DataError(f'{path}: no column "{field}". Columns: {", ".join(table.schema_arrow.names)}. Set `field`.')
+            raise DataError(
+                f'{path}: no column "{field}". Columns: {", ".join(table.schema_arrow.names)}. Set `field`.'
+            )
         for batch in table.iter_batches(columns=[field]):
             for value in batch.column(0).to_pylist():
                 yield from _take_field({field: value}, field, where=str(path))

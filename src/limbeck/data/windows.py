@@ -64,7 +64,9 @@ class TokenWindows:
         return Batch(ids_BT, mask_BT, begins_BT.cumsum(dim=1), positions_T - last_begin_BT)
 
 
-def tokenise(documents: Iterable[str], encode: Encode, *, end_token: int | None, max_tokens: int | None) -> tuple[np.ndarray, np.ndarray]:
+def tokenise(
+    documents: Iterable[str], encode: Encode, *, end_token: int | None, max_tokens: int | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Tokenise documents into (tokens [total] int32, starts [documents] int64), stopping once `max_tokens` are reached.
 
     Raises: DataError when there is no text at all.
@@ -117,7 +119,11 @@ def cached_windows(
         "source": vars(source), "tokenizer": tokenizer_fingerprint, "end_token": end_token, "max_tokens": max_tokens, "files": _file_facts(source),
     }  # fmt: skip
     key = hashlib.sha256(json.dumps(key_facts, sort_keys=True).encode()).hexdigest()[:16]
-    token_file, start_file, manifest = folder / f"{key}.tokens.npy", folder / f"{key}.starts.npy", folder / f"{key}.json"
+    token_file, start_file, manifest = (
+        folder / f"{key}.tokens.npy",
+        folder / f"{key}.starts.npy",
+        folder / f"{key}.json",
+    )
     if not _is_intact(manifest, token_file, start_file):
         try:
             tokens, starts = tokenise(read_documents(source), encode, end_token=end_token, max_tokens=max_tokens)

@@ -77,9 +77,9 @@ def training_bytes(phase: Phase, *, activations_per_token: float, vocabulary: in
 
 
 def calibration_bytes(*, tokens: int, context_tokens: int, width: int, heads: int, layers: int) -> int:
-    """What the calibrated start holds: each layer's input and output for all tokens, and one batch's attention maps."""
+    """What the calibrated start holds: each layer's input and output for all tokens, and one window's attention maps."""
     captured = max(tokens, CALIBRATION_ROWS * context_tokens) * 2 * width * layers
-    maps = CALIBRATION_ROWS * heads * context_tokens**2 * layers
+    maps = heads * context_tokens**2 * layers
     return (captured + maps) * FLOAT_BYTES
 
 

@@ -24,9 +24,13 @@ def stream_text(
     device = next(model.parameters()).device
     ids_BT = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"].to(device)
     if ids_BT.shape[1] == 0:
-        ids_BT = torch.tensor([[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]], device=device)
+        ids_BT = torch.tensor(
+            [[tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id]], device=device
+        )
     streamer = TextIteratorStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
-    choice = {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    choice = (
+        {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
+    )
     failure: list[BaseException] = []
 
     def work() -> None:

@@ -55,11 +55,15 @@ def copy_projections(operator: HyenaOperator, site: AttentionSite) -> None:
             _set_projection(operator, operator.order, parts.v, parts.v_bias, group=group)
         operator.out_proj.weight.copy_(parts.o.repeat(1, groups) / groups)
         if operator.out_proj.bias is not None:
-            operator.out_proj.bias.copy_(torch.zeros_like(operator.out_proj.bias) if parts.o_bias is None else parts.o_bias)
+            operator.out_proj.bias.copy_(
+                torch.zeros_like(operator.out_proj.bias) if parts.o_bias is None else parts.o_bias
+            )
         set_identity_short_convolution(operator)
 
 
-def _set_projection(operator: HyenaOperator, block: int, weight_CD: Tensor, bias_C: Tensor | None, *, group: int = 0) -> None:
+def _set_projection(
+    operator: HyenaOperator, block: int, weight_CD: Tensor, bias_C: Tensor | None, *, group: int = 0
+) -> None:
     """Write one stream's rows (gate or value) for one group of channels, each group as wide as the attention."""
     width = weight_CD.shape[0]
     first = block * operator.inner_width + group * width
@@ -91,7 +95,9 @@ def set_identity_short_convolution(operator: HyenaOperator) -> None:
         operator.short_bias.zero_()
 
 
-def capture(model: nn.Module, batches: Sequence[Batch], mixers: Mapping[int, nn.Module]) -> dict[int, tuple[Tensor, Tensor]]:
+def capture(
+    model: nn.Module, batches: Sequence[Batch], mixers: Mapping[int, nn.Module]
+) -> dict[int, tuple[Tensor, Tensor]]:
     """Inputs and outputs [rows, T, D] of the given mixers while the model reads the batches. No gradients."""
     inputs: dict[int, list[Tensor]] = {layer: [] for layer in mixers}
     outputs: dict[int, list[Tensor]] = {layer: [] for layer in mixers}
@@ -113,20 +119,29 @@ def mean_attention_by_lag(teacher: Any, batches: Sequence[Batch], *, layers: Seq
     sums: dict[int, Tensor] = {}
     counts_K: Tensor | float = 0.0
     with _eager_attention(teacher), torch.no_grad():
-        for batch in batches:
-            attentions = forward_packed(teacher, batch.input_ids_BT, batch.document_ids_BT, output_attentions=True).attentions
-            rows, width = batch.input_ids_BT.shape
+        for ids_BT, documents_BT in _single_rows(batches):
+            attentions = forward_packed(teacher, ids_BT, documents_BT, output_attentions=True).attentions
             for layer in layers:
                 by_lag_HK = _sum_by_lag(attentions[layer].float().sum(0))
                 sums[layer] = sums[layer] + by_lag_HK if layer in sums else by_lag_HK
-            counts_K = counts_K + rows * torch.arange(width, 0, -1, dtype=torch.float32, device=batch.input_ids_BT.device)
+            counts_K = counts_K + torch.arange(ids_BT.shape[1], 0, -1, dtype=torch.float32, device=ids_BT.device)
     return {layer: total / counts_K for layer, total in sums.items()}
+
+
+def _single_rows(batches: Sequence[Batch]) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """One row at a time: the attention maps of all layers of a single row are large enough."""
+    for batch in batches:
+        for row in range(batch.input_ids_BT.shape[0]):
+            documents = batch.document_ids_BT
+            yield batch.input_ids_BT[row : row + 1], None if documents is None else documents[row : row + 1]
 
 
 def _sum_by_lag(weights_HTT: Tensor) -> Tensor:
     """Sum of each lower diagonal: [H, T, T] -> [H, T] by lag."""
     width = weights_HTT.shape[-1]
-    return torch.stack([torch.diagonal(weights_HTT, offset=-lag, dim1=-2, dim2=-1).sum(-1) for lag in range(width)], dim=-1)
+    return torch.stack(
+        [torch.diagonal(weights_HTT, offset=-lag, dim1=-2, dim2=-1).sum(-1) for lag in range(width)], dim=-1
+    )
 
 
 @contextmanager
@@ -166,7 +181,9 @@ def stack_documents(batches: Sequence[Batch]) -> Tensor | None:
     """Document ids of several batches as one [rows, T], or None when no row holds two documents."""
     if all(batch.document_ids_BT is None for batch in batches):
         return None
-    return torch.cat([torch.zeros_like(b.input_ids_BT) if b.document_ids_BT is None else b.document_ids_BT for b in batches])
+    return torch.cat(
+        [torch.zeros_like(b.input_ids_BT) if b.document_ids_BT is None else b.document_ids_BT for b in batches]
+    )
 
 
 def _calibrate_layer(
@@ -185,7 +202,11 @@ def _calibrate_layer(
         operator.skip_bias.zero_()
         for group in range(groups):
             _set_projection(operator, operator.order, parts.v, parts.v_bias, group=group)
-    candidates = GATE_STRENGTHS if groups == 1 else (tuple(_SHARED_STRENGTHS[group % len(_SHARED_STRENGTHS)] for group in range(groups)),)
+    candidates = (
+        GATE_STRENGTHS
+        if groups == 1
+        else (tuple(_SHARED_STRENGTHS[group % len(_SHARED_STRENGTHS)] for group in range(groups)),)
+    )
     errors = {}
     for strengths in candidates:
         _set_gates(operator, parts, seen[0], strengths=strengths)
@@ -200,10 +221,13 @@ def _calibrate_layer(
 
 def _fit_filters(operator: HyenaOperator, lags_HK: Tensor, *, head_dim: int) -> None:
     """The filter applied last follows the heads' mean attention by lag; those before it pass their input through."""
-    target_CK = lags_HK.repeat_interleave(head_dim, dim=0).repeat(operator.inner_width // (head_dim * lags_HK.shape[0]), 1)
+    target_CK = lags_HK.repeat_interleave(head_dim, dim=0).repeat(
+        operator.inner_width // (head_dim * lags_HK.shape[0]), 1
+    )
     impulse_CK = torch.zeros_like(target_CK)
     impulse_CK[:, 0] = 1.0
-    *earlier, last = operator.filters
+    filters: list[Any] = list(operator.filters)
+    *earlier, last = filters
     with torch.enable_grad():
         for long_filter in earlier:
             long_filter.fit(impulse_CK)
@@ -224,7 +248,9 @@ def _set_gates(operator: HyenaOperator, parts: Any, inputs_BTD: Tensor, *, stren
                 _set_projection(operator, block, weight_CD * scale_C[:, None], bias_C * scale_C + 1.0, group=group)
 
 
-def solve_output(operator: HyenaOperator, inputs_BTD: Tensor, outputs_BTD: Tensor, *, document_ids_BT: Tensor | None) -> None:
+def solve_output(
+    operator: HyenaOperator, inputs_BTD: Tensor, outputs_BTD: Tensor, *, document_ids_BT: Tensor | None
+) -> None:
     """Set the output projection (and its bias) to the ridge-regression solution for the captured outputs."""
     mixed_NC = inner_output(operator, inputs_BTD, document_ids_BT=document_ids_BT).flatten(0, 1).double()
     target_ND = outputs_BTD.flatten(0, 1).double()
@@ -242,7 +268,9 @@ def solve_output(operator: HyenaOperator, inputs_BTD: Tensor, outputs_BTD: Tenso
             operator.out_proj.bias.copy_(target_mean_D - mixed_mean_C @ solution_CD)
 
 
-def inner_output(operator: HyenaOperator, inputs_BTD: Tensor, *, document_ids_BT: Tensor | None, rows: int = 8) -> Tensor:
+def inner_output(
+    operator: HyenaOperator, inputs_BTD: Tensor, *, document_ids_BT: Tensor | None, rows: int = 8
+) -> Tensor:
     """What the operator hands to its output projection, [B, T, C], in blocks of rows."""
     found = []
     with torch.no_grad(), recording({0: operator.out_proj}) as seen:

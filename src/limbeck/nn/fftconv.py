@@ -53,7 +53,9 @@ def without_autocast(tensor: Tensor) -> torch.autocast:
     return torch.autocast(tensor.device.type, enabled=False)
 
 
-def convolution_window(u_BCL: Tensor, h_CK: Tensor, *, start: int, stop: int, spectrum_CF: Tensor | None = None) -> Tensor:
+def convolution_window(
+    u_BCL: Tensor, h_CK: Tensor, *, start: int, stop: int, spectrum_CF: Tensor | None = None
+) -> Tensor:
     """Outputs start..stop-1 of the full linear convolution of u and h, by one FFT; they may lie beyond the input's end.
 
     The circular product may wrap onto outputs before `start`, so the transform has only max(stop, L + K - 1 - start)
@@ -179,7 +181,9 @@ def causal_convolution(u_BCT: Tensor, h_CK: Tensor, *, algorithm: str = "auto") 
     Raises: RecipeError for an unknown algorithm; ValueError when the shapes do not fit.
     """
     if u_BCT.dim() != 3 or h_CK.dim() != 2 or u_BCT.shape[1] != h_CK.shape[0] or h_CK.shape[1] < 1:
-        raise ValueError(f"expected inputs [B, C, T] and taps [C, K >= 1], got {tuple(u_BCT.shape)} and {tuple(h_CK.shape)}")
+        raise ValueError(
+            f"expected inputs [B, C, T] and taps [C, K >= 1], got {tuple(u_BCT.shape)} and {tuple(h_CK.shape)}"
+        )
     length = u_BCT.shape[-1]
     if u_BCT.numel() == 0:
         return u_BCT
@@ -187,7 +191,11 @@ def causal_convolution(u_BCT: Tensor, h_CK: Tensor, *, algorithm: str = "auto") 
     if algorithm == "auto":
         needs_grad = torch.is_grad_enabled() and (u_BCT.requires_grad or h_CK.requires_grad)
         algorithm = choose_algorithm(
-            rows=u_BCT.shape[0], length=length, taps=h_CK.shape[-1], device_type=u_BCT.device.type, needs_grad=needs_grad
+            rows=u_BCT.shape[0],
+            length=length,
+            taps=h_CK.shape[-1],
+            device_type=u_BCT.device.type,
+            needs_grad=needs_grad,
         )
     if algorithm not in CONVOLUTIONS:
         raise RecipeError(unknown_name("convolution algorithm", algorithm, [*CONVOLUTIONS, "auto"]))

@@ -54,7 +54,9 @@ class LongFilter(nn.Module):
     def __init__(self, channels: int, *, support: int | None):
         super().__init__()
         if channels < 1 or (support is not None and support < 1):
-            raise RecipeError(f"a filter needs at least 1 channel and 1 tap, got {channels} channels and {support} taps")
+            raise RecipeError(
+                f"a filter needs at least 1 channel and 1 tap, got {channels} channels and {support} taps"
+            )
         self.channels, self.support = channels, support
         self._known: tuple[Any, KnownTaps] | None = None
 
@@ -107,7 +109,9 @@ class LongFilter(nn.Module):
 
     def _may_keep(self) -> bool:
         grad = torch.is_grad_enabled()
-        return not any(p.is_inference() or (grad and p.requires_grad) for p in self._parameters.values() if p is not None)
+        return not any(
+            p.is_inference() or (grad and p.requires_grad) for p in self._parameters.values() if p is not None
+        )
 
     def _evaluate_plainly(self, length: int) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
@@ -289,7 +293,9 @@ class ModalFilter(LongFilter):
     def __init__(self, channels: int, *, modes: int = 8, longest_memory: float = 1024.0):
         super().__init__(channels, support=None)
         if modes < 1 or longest_memory < 1:
-            raise RecipeError(f"filter_options: modes and longest_memory must be at least 1, got {modes} and {longest_memory}")
+            raise RecipeError(
+                f"filter_options: modes and longest_memory must be at least 1, got {modes} and {longest_memory}"
+            )
         self.modes, self.longest_memory = modes, longest_memory
         dtype = full_precision_dtype()
         self.decay_CN, self.angle_CN, self.residue_real_CN, self.residue_imag_CN = (
@@ -344,4 +350,8 @@ def inverse_softplus(value: Tensor) -> Tensor:
     return value + torch.log(-torch.expm1(-value))
 
 
-FILTERS: dict[str, Callable[..., LongFilter]] = {"implicit": ImplicitFilter, "explicit": ExplicitFilter, "modal": ModalFilter}
+FILTERS: dict[str, Callable[..., LongFilter]] = {
+    "implicit": ImplicitFilter,
+    "explicit": ExplicitFilter,
+    "modal": ModalFilter,
+}

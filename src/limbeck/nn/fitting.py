@@ -90,7 +90,9 @@ def fit_modal(long_filter: ModalFilter, target_CK: Tensor, weights_CK: Tensor, *
     target_CK, weights_CK = target_CK.double(), weights_CK.double()
     rate_CN, angle_CN, residue_CNX = _pick_poles(target_CK, weights_CK, modes=long_filter.modes)
     start_CXN = torch.stack((rate_CN.log(), angle_CN, residue_CNX[..., 0], residue_CNX[..., 1]), dim=1)
-    log_rate_CN, angle_CN, real_CN, imag_CN = _refine_modes(start_CXN, target_CK, weights_CK.sqrt(), steps=steps).unbind(1)
+    log_rate_CN, angle_CN, real_CN, imag_CN = _refine_modes(
+        start_CXN, target_CK, weights_CK.sqrt(), steps=steps
+    ).unbind(1)
     long_filter.set_poles(log_rate_CN.exp(), angle_CN)
     long_filter.residue_real_CN.copy_(real_CN)
     long_filter.residue_imag_CN.copy_(imag_CN)
@@ -114,8 +116,14 @@ def _refine_modes(modes_CXN: Tensor, target_CK: Tensor, root_CK: Tensor, *, step
         tried_loss_C = tried_residual_CK.square().sum(-1)
         better_C = tried_loss_C < loss_C
         better_C1, better_C11 = better_C.unsqueeze(-1), better_C[:, None, None]
-        modes_CXN, waves_CNK = torch.where(better_C11, tried_CXN, modes_CXN), torch.where(better_C11, tried_waves_CNK, waves_CNK)
-        residual_CK, loss_C = torch.where(better_C1, tried_residual_CK, residual_CK), torch.where(better_C, tried_loss_C, loss_C)
+        modes_CXN, waves_CNK = (
+            torch.where(better_C11, tried_CXN, modes_CXN),
+            torch.where(better_C11, tried_waves_CNK, waves_CNK),
+        )
+        residual_CK, loss_C = (
+            torch.where(better_C1, tried_residual_CK, residual_CK),
+            torch.where(better_C, tried_loss_C, loss_C),
+        )
         damping_C = torch.where(better_C, damping_C / 4, damping_C * 3).clamp(1e-9, 1e6)
     return modes_CXN
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.errors import RecipeError, unknown_name
-from limbeck.nn.fftconv import without_autocast, working_dtype
+from limbeck.nn.fftconv import working_dtype
 from limbeck.nn.filters import FILTERS, mark_undecayed
 from limbeck.nn.online import ModalRecurrence, OnlineConvolution, init_memory
 from limbeck.nn.packing import document_buckets, repack_documents, unpack_documents
@@ -87,7 +87,9 @@ class HyenaOperator(nn.Module):
         self.short_weight = nn.Parameter(torch.empty(streams, short_conv))
         self.short_bias = nn.Parameter(torch.empty(streams))
         try:
-            self.filters = nn.ModuleList(FILTERS[filter](inner_width, **(filter_options or {})) for _ in range(order - 1))
+            self.filters = nn.ModuleList(
+                FILTERS[filter](inner_width, **(filter_options or {})) for _ in range(order - 1)
+            )
         except TypeError as error:
             raise RecipeError(f'hyena.filter_options for filter "{filter}": {error}') from error
         self.skip_bias = nn.Parameter(torch.empty(order - 1, inner_width))
@@ -115,7 +117,9 @@ class HyenaOperator(nn.Module):
         for long_filter in self.filters:
             long_filter.reset_parameters()
 
-    def forward(self, hidden_BTD: Tensor, *, mask_BT: Tensor | None = None, document_ids_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, hidden_BTD: Tensor, *, mask_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
+    ) -> Tensor:
         """Mix tokens causally: [B, T, D] to [B, T, D].
 
         `mask_BT`: True (or 1) at real tokens; masked ones contribute nothing, so padding on the left changes nothing.
@@ -140,7 +144,9 @@ class HyenaOperator(nn.Module):
         memories = [init_memory(f, batch_size, device=device, dtype=dtype) for f in self.filters]
         return HyenaState(context_BKM, memories)
 
-    def advance(self, hidden_BTD: Tensor, state: HyenaState, *, mask_BT: Tensor | None = None) -> tuple[Tensor, HyenaState]:
+    def advance(
+        self, hidden_BTD: Tensor, state: HyenaState, *, mask_BT: Tensor | None = None
+    ) -> tuple[Tensor, HyenaState]:
         """Continue after `state` with T more tokens; return their outputs and the state after them.
 
         Any split of a sequence into calls gives what `forward` gives for the whole. The state given is used up (its

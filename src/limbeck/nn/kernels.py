@@ -12,7 +12,7 @@ def active_kernels() -> dict[str, str]:
 
     No optional package is called yet; those that are installed are named in `available_kernels`.
     """
-    return {job: "torch" for job in OPTIONAL_KERNELS}
+    return dict.fromkeys(OPTIONAL_KERNELS, "torch")
 
 
 def available_kernels() -> dict[str, bool]:

@@ -91,7 +91,11 @@ class OnlineConvolution:
             tile = self.time & -self.time
             inputs_BCP = self.history_BCL[..., self.filled - tile : self.filled]
             ahead_BCP = convolution_window(
-                inputs_BCP, known.head(2 * tile), start=tile, stop=2 * tile, spectrum_CF=known.spectrum(2 * tile, 2 * tile)
+                inputs_BCP,
+                known.head(2 * tile),
+                start=tile,
+                stop=2 * tile,
+                spectrum_CF=known.spectrum(2 * tile, 2 * tile),
             )
             self.pending_BCH[..., self.time : self.time + tile] += ahead_BCP
 
@@ -143,7 +147,9 @@ class ModalRecurrence:
     state_BNC: Tensor
 
     @staticmethod
-    def empty(batch: int, channels: int, modes: int, *, device: torch.device | str, dtype: torch.dtype) -> ModalRecurrence:
+    def empty(
+        batch: int, channels: int, modes: int, *, device: torch.device | str, dtype: torch.dtype
+    ) -> ModalRecurrence:
         """The state before the first token. `dtype`: real."""
         return ModalRecurrence(torch.zeros(batch, modes, channels, device=device, dtype=dtype.to_complex()))
 

@@ -55,12 +55,16 @@ class KnownTaps:
         if not self.lasting or u_BCT.requires_grad or length == 0:
             return causal_convolution(u_BCT, self.head(length))
         taps, rows = self.reach(length), u_BCT.shape[0]
-        algorithm = choose_algorithm(rows=rows, length=length, taps=taps, device_type=u_BCT.device.type, needs_grad=False)
+        algorithm = choose_algorithm(
+            rows=rows, length=length, taps=taps, device_type=u_BCT.device.type, needs_grad=False
+        )
         if "fft" not in algorithm:
             return causal_convolution(u_BCT, self.head(length), algorithm=algorithm)
         spectrum_CF = self.spectrum(taps, window_size(length, taps, start=0, stop=length))
         wide_BCT = u_BCT.to(working_dtype(u_BCT, spectrum_CF.real))
-        return convolution_window(wide_BCT, self.head(length), start=0, stop=length, spectrum_CF=spectrum_CF).to(u_BCT.dtype)
+        return convolution_window(wide_BCT, self.head(length), start=0, stop=length, spectrum_CF=spectrum_CF).to(
+            u_BCT.dtype
+        )
 
     def constant(self, name: Hashable, compute: Callable[[], Tensor]) -> Tensor:
         """A tensor that depends on the filter's weights alone, computed once."""

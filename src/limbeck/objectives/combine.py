@@ -43,7 +43,9 @@ def logit_loss(
     return total, {name: term.detach() for name, term in terms.items()}
 
 
-def normalised_squared_error(student_BTD: Tensor, teacher_BTD: Tensor, *, power: float | Tensor, mask_BT: Tensor | None) -> Tensor:
+def normalised_squared_error(
+    student_BTD: Tensor, teacher_BTD: Tensor, *, power: float | Tensor, mask_BT: Tensor | None
+) -> Tensor:
     """Sum over tokens of the squared error averaged over the width, divided by the target's mean square `power`.
 
     Divided by the number of tokens this is the normalised MSE: 0 is perfect, 1 is as good as an output of zero.

@@ -12,7 +12,9 @@ def cross_entropy(student_logits_BTV: Tensor, target_ids_BT: Tensor) -> Tensor:
 
     Gradients flow to the student. Returns [B, T] nats, >= 0.
     """
-    nats = F.cross_entropy(_at_least_float32(student_logits_BTV).flatten(0, -2), target_ids_BT.flatten(), reduction="none")
+    nats = F.cross_entropy(
+        _at_least_float32(student_logits_BTV).flatten(0, -2), target_ids_BT.flatten(), reduction="none"
+    )
     return nats.view(target_ids_BT.shape)
 
 

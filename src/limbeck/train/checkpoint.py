@@ -56,7 +56,9 @@ def save_checkpoint(folder: Path, checkpoint: Checkpoint, *, keep: int) -> Path:
 
 def _fill(folder: Path, checkpoint: Checkpoint) -> None:
     for name, tensors in checkpoint.tensors.items():
-        save_file({key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors")
+        save_file(
+            {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}, folder / f"{name}.safetensors"
+        )
         _sync_file(folder / f"{name}.safetensors")
     write_json(folder / "state.json", {"step": checkpoint.step, "facts": checkpoint.facts})
     sums = {path.name: sha256_file(path) for path in sorted(folder.iterdir())}
@@ -71,7 +73,9 @@ def _sync_file(path: Path) -> None:
 def _candidates(folder: Path) -> list[Path]:
     if not folder.is_dir():
         return []
-    found = [path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()]
+    found = [
+        path for path in folder.iterdir() if _NAME.fullmatch(path.name) and path.is_dir() and not path.is_symlink()
+    ]
     return sorted(found, reverse=True)
 
 
@@ -111,7 +115,9 @@ def load_checkpoint(path: Path) -> Checkpoint:
         if sha256_file(file) != expected:
             raise CheckpointError(f"checkpoint {path}: {name} was changed or truncated (its checksum differs).")
     try:
-        tensors = {name.removesuffix(".safetensors"): load_file(path / name) for name in sums if name.endswith(".safetensors")}
+        tensors = {
+            name.removesuffix(".safetensors"): load_file(path / name) for name in sums if name.endswith(".safetensors")
+        }
     except SafetensorError as error:
         raise CheckpointError(f"checkpoint {path}: unreadable tensors ({error}).") from error
     state = read_json(path / "state.json")

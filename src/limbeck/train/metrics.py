@@ -89,7 +89,10 @@ class PlainProgress:
         self.shown = now
         rate = (self.done - self.begun_at) / max(now - self.begun, 1e-9)
         remaining = (self.total - self.done) / max(rate, 1e-9)
-        print(f"{self.title}: {self.done:,}/{self.total:,} tokens, {rate:,.0f} tokens/s, {remaining:.0f} s left, {note}", flush=True)
+        print(
+            f"{self.title}: {self.done:,}/{self.total:,} tokens, {rate:,.0f} tokens/s, {remaining:.0f} s left, {note}",
+            flush=True,
+        )
 
     def finish(self) -> None:
         """Nothing to close."""

@@ -105,7 +105,9 @@ def _is_vocabulary(name: str) -> bool:
     return any(word in name for word in ("embed", "wte", "wpe", "lm_head"))
 
 
-def learning_rate_scale(step: int, steps: int, *, schedule: Schedule, warmup_share: float, decay_share: float, final_share: float) -> float:
+def learning_rate_scale(
+    step: int, steps: int, *, schedule: Schedule, warmup_share: float, decay_share: float, final_share: float
+) -> float:
     """Factor on the learning rate for update number `step` (from 0) of `steps`.
 
     Linear warm-up over `warmup_share` of the updates; then `cosine` falls to `final_share`, `wsd` stays and falls

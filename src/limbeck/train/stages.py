@@ -23,7 +23,9 @@ LossAndTerms = tuple[Tensor, dict[str, Tensor]]
 class LogitLesson(nn.Module):
     """Learn from the teacher's distribution (`kl`), from the text (`ce`), or both. Without a teacher: plain training."""
 
-    def __init__(self, student: nn.Module, teacher: nn.Module | None, *, kl: float, ce: float, temperature: float = 1.0):
+    def __init__(
+        self, student: nn.Module, teacher: nn.Module | None, *, kl: float, ce: float, temperature: float = 1.0
+    ):
         super().__init__()
         self.student = student
         self._teacher = (teacher,)
@@ -71,7 +73,11 @@ class AlignLesson(nn.Module):
         super().__init__()
         self.student = student
         self._teacher = (teacher,)
-        self._student_mixers, self._teacher_mixers, self._operators = dict(student_mixers), dict(teacher_mixers), dict(operators)
+        self._student_mixers, self._teacher_mixers, self._operators = (
+            dict(student_mixers),
+            dict(teacher_mixers),
+            dict(operators),
+        )
         self.power, self.layers, self.inputs = dict(power), list(layers), inputs
 
     def count(self, batch: Batch) -> int:
@@ -85,7 +91,8 @@ class AlignLesson(nn.Module):
             forward_batch(without_head(self._teacher[0]), batch)
         if self.inputs == "teacher":
             outputs = {
-                layer: self._operators[layer](seen.inputs[layer], document_ids_BT=batch.document_ids_BT) for layer in self.layers
+                layer: self._operators[layer](seen.inputs[layer], document_ids_BT=batch.document_ids_BT)
+                for layer in self.layers
             }
         else:
             own = {layer: self._student_mixers[layer] for layer in self.layers}
@@ -106,4 +113,4 @@ def set_dropout(model: nn.Module, probability: float) -> None:
         if isinstance(module, nn.Dropout):
             module.p = probability
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = probability
+            module.attention_dropout = probability  # type: ignore[assignment]

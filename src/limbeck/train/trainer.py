@@ -195,7 +195,9 @@ class _Stage:
         self.last_terms = means
         if is_main() and (self.step % max(1, self.steps // 200) == 0 or self.step == self.steps):
             tokens = self.step * settings.batch_tokens
-            self.log.write(arm=self.arm, stage=settings.name, step=self.step, tokens=tokens, gradient_norm=norm, **means)
+            self.log.write(
+                arm=self.arm, stage=settings.name, step=self.step, tokens=tokens, gradient_norm=norm, **means
+            )
         return means["loss"]
 
     def _means(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
@@ -218,7 +220,9 @@ class _Stage:
             return
         decay = min(self.settings.ema_decay or 0.0, (1 + self.step) / (10 + self.step))
         with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.values()), [self.trained[name].detach() for name in self.average], 1 - decay)
+            torch._foreach_lerp_(
+                list(self.average.values()), [self.trained[name].detach() for name in self.average], 1 - decay
+            )
 
     def is_checkpoint_due(self) -> bool:
         """Whether the token interval between checkpoints has just been passed."""

@@ -13,7 +13,16 @@ PACKAGE = Path(__file__).parents[1] / "src" / "limbeck"
 LAYERS = [
     {"cli", "console"},
     {"pipeline", "judging", "students", "assembly", "evaluation", "planning", "doctor"},
-    {"recipe", "recipe_io", "recipe_messages", "recipe_stages", "recipe_values", "recipe_yaml", "presets"},
+    {
+        "recipe",
+        "recipe_io",
+        "recipe_reference",
+        "recipe_messages",
+        "recipe_stages",
+        "recipe_values",
+        "recipe_yaml",
+        "presets",
+    },
     {"evaluate", "deploy"},
     {"train"},
     {"models", "data", "store"},

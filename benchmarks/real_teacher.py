@@ -49,6 +49,7 @@ def recipe_of(chosen: argparse.Namespace) -> Recipe:
                     "batch_tokens": 4 * chosen.context,
                     "learning_rate": chosen.learning_rate,
                     "final_share": 0.02,
+                    "warmup_share": 0.1,
                 }
             ],
             "controls": {"from_scratch": False, "copied": False, "teacher_more": False, "floor": True},
@@ -72,7 +73,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=2e-4)
     parser.add_argument("--score-tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--run-folder", type=Path, default=Path("runs/real-teacher"))

@@ -302,6 +302,8 @@ def _terminate(_number: int, _frame: object) -> None:
 
 def main() -> None:
     """The entry point of the `limbeck` command."""
+    # OpenMP threads that wait must not spin for long: beside another busy process the default makes training 20 times slower.
+    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     signal.signal(signal.SIGTERM, _terminate)
     app()
 

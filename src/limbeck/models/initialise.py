@@ -27,7 +27,7 @@ from limbeck.nn.hyena import HyenaOperator
 # How strongly the gates of the channel groups move. With one group each is tried; several groups share them out.
 GATE_STRENGTHS = ((0.0,), (0.25,), (0.5,), (1.0,))
 _SHARED_STRENGTHS = (0.0, 1.0, 0.5, 2.0, 0.25, 4.0)
-_RIDGE = 1e-4
+RIDGES = (1e-4, 1e-3, 1e-2)
 
 
 @dataclass(frozen=True)
@@ -202,21 +202,89 @@ def _calibrate_layer(
         operator.skip_bias.zero_()
         for group in range(groups):
             _set_projection(operator, operator.order, parts.v, parts.v_bias, group=group)
-    candidates = (
-        GATE_STRENGTHS
-        if groups == 1
-        else (tuple(_SHARED_STRENGTHS[group % len(_SHARED_STRENGTHS)] for group in range(groups)),)
-    )
-    errors = {}
-    for strengths in candidates:
-        _set_gates(operator, parts, seen[0], strengths=strengths)
-        solve_output(operator, *seen, document_ids_BT=document_ids[0])
-        errors[strengths] = normalised_error(operator, *unseen, document_ids_BT=document_ids[1])
-    best = min(errors, key=errors.__getitem__)
-    if best != candidates[-1]:
-        _set_gates(operator, parts, seen[0], strengths=best)
-        solve_output(operator, *seen, document_ids_BT=document_ids[0])
-    return errors[best]
+    shared = tuple(_SHARED_STRENGTHS[group % len(_SHARED_STRENGTHS)] for group in range(groups))
+    trials = [
+        _try_gates(operator, parts, seen, unseen, document_ids, strengths=strengths)
+        for strengths in (GATE_STRENGTHS if groups == 1 else (shared,))
+    ]
+    best = min(trials, key=lambda trial: trial.error)
+    _set_gates(operator, parts, seen[0], strengths=best.strengths)
+    with torch.no_grad():
+        rms_C = _value_rms(parts, seen[0])
+        bias_C = None if parts.v_bias is None else parts.v_bias.to(rms_C) / rms_C
+        for group in range(groups):
+            _set_projection(operator, operator.order, parts.v.to(rms_C) / rms_C[:, None], bias_C, group=group)
+        last: Any = operator.filters[-1]
+        last.scale(rms_C.repeat(groups) * best.unit_C)
+        operator.out_proj.weight.copy_(best.weight_DC)
+        if operator.out_proj.bias is not None:
+            operator.out_proj.bias.copy_(best.bias_D)
+    return best.error
+
+
+def _value_rms(parts: Any, inputs_BTD: Tensor) -> Tensor:
+    """RMS of each value channel on these inputs, [C]."""
+    bias_C = None if parts.v_bias is None else parts.v_bias.to(inputs_BTD)
+    value_BTC = nn.functional.linear(inputs_BTD, parts.v.to(inputs_BTD), bias_C)
+    return value_BTC.square().mean((0, 1)).sqrt().clamp_min(1e-6)
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """One way to set the gates, with the output projection solved for it. unit_C: what gives each channel unit RMS."""
+
+    strengths: tuple[float, ...]
+    unit_C: Tensor
+    weight_DC: Tensor
+    bias_D: Tensor
+    error: float
+
+
+def _try_gates(
+    operator: HyenaOperator,
+    parts: Any,
+    seen: tuple[Tensor, Tensor],
+    unseen: tuple[Tensor, Tensor],
+    document_ids: tuple[Tensor | None, Tensor | None],
+    *,
+    strengths: tuple[float, ...],
+) -> _Trial:
+    """Solve the output projection for gates of these strengths, on channels brought to unit RMS.
+
+    Unit channels (values and filtered values alike) and a firm ridge keep every weight at an ordinary size: training goes
+    on from it with ordinary rates, where a bare least-squares solution (large weights that cancel, tiny taps) falls
+    apart at the first step. Of the ridges, the firmest
+    whose held-out error is within two per cent of the best is taken.
+    """
+    _set_gates(operator, parts, seen[0], strengths=strengths)
+    mixed_NC = inner_output(operator, seen[0], document_ids_BT=document_ids[0]).flatten(0, 1).double()
+    fresh_NC = inner_output(operator, unseen[0], document_ids_BT=document_ids[1]).flatten(0, 1).double()
+    rms_C = mixed_NC.square().mean(0).sqrt()
+    unit_C = 1 / rms_C.clamp_min(1e-3 * float(rms_C.mean()) + 1e-12)
+    target_ND, fresh_ND = seen[1].flatten(0, 1).double(), unseen[1].flatten(0, 1).double()
+    has_bias = operator.out_proj.bias is not None
+    found = []
+    for ridge in RIDGES:
+        weight_DC, bias_D = ridge_solution(mixed_NC * unit_C, target_ND, ridge=ridge, has_bias=has_bias)
+        wrong_ND = (fresh_NC * unit_C) @ weight_DC.T + bias_D - fresh_ND
+        error = float(wrong_ND.square().sum() / fresh_ND.square().sum().clamp_min(1e-30))
+        found.append(_Trial(strengths, unit_C.to(seen[0]), weight_DC, bias_D, error))
+    least = min(trial.error for trial in found)
+    return next(trial for trial in reversed(found) if trial.error <= 1.02 * least)
+
+
+def ridge_solution(mixed_NC: Tensor, target_ND: Tensor, *, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
+    """Weights [D, C] and bias [D] that map features to targets with least squares.
+
+    ridge: penalty on the weights, as a share of the features' mean energy. Without a bias, [D] is zeros.
+    """
+    mixed_mean_C = mixed_NC.mean(0) * has_bias
+    target_mean_D = target_ND.mean(0) * has_bias
+    mixed_NC, target_ND = mixed_NC - mixed_mean_C, target_ND - target_mean_D
+    gram_CC = mixed_NC.T @ mixed_NC
+    gram_CC.diagonal().add_(ridge * float(gram_CC.diagonal().mean()) + torch.finfo(torch.float32).tiny)
+    weight_DC = torch.linalg.solve(gram_CC, mixed_NC.T @ target_ND).T
+    return weight_DC, target_mean_D - weight_DC @ mixed_mean_C
 
 
 def _fit_filters(operator: HyenaOperator, lags_HK: Tensor, *, head_dim: int) -> None:
@@ -246,26 +314,6 @@ def _set_gates(operator: HyenaOperator, parts: Any, inputs_BTD: Tensor, *, stren
             for group, strength in enumerate(strengths):
                 scale_C = strength * unit_C
                 _set_projection(operator, block, weight_CD * scale_C[:, None], bias_C * scale_C + 1.0, group=group)
-
-
-def solve_output(
-    operator: HyenaOperator, inputs_BTD: Tensor, outputs_BTD: Tensor, *, document_ids_BT: Tensor | None
-) -> None:
-    """Set the output projection (and its bias) to the ridge-regression solution for the captured outputs."""
-    mixed_NC = inner_output(operator, inputs_BTD, document_ids_BT=document_ids_BT).flatten(0, 1).double()
-    target_ND = outputs_BTD.flatten(0, 1).double()
-    has_bias = operator.out_proj.bias is not None
-    mixed_mean_C = mixed_NC.mean(0) if has_bias else torch.zeros_like(mixed_NC[0])
-    target_mean_D = target_ND.mean(0) if has_bias else torch.zeros_like(target_ND[0])
-    mixed_NC, target_ND = mixed_NC - mixed_mean_C, target_ND - target_mean_D
-    gram_CC = mixed_NC.T @ mixed_NC
-    ridge = _RIDGE * gram_CC.diagonal().mean() + torch.finfo(torch.float32).tiny
-    gram_CC.diagonal().add_(ridge)
-    solution_CD = torch.linalg.solve(gram_CC, mixed_NC.T @ target_ND)
-    with torch.no_grad():
-        operator.out_proj.weight.copy_(solution_CD.T)
-        if operator.out_proj.bias is not None:
-            operator.out_proj.bias.copy_(target_mean_D - mixed_mean_C @ solution_CD)
 
 
 def inner_output(

@@ -6,8 +6,6 @@ h_{t-s} u_s. Half-precision inputs are computed in float32 and the result is cas
 
 from __future__ import annotations
 
-import bisect
-import functools
 from collections.abc import Callable
 
 import torch
@@ -21,9 +19,7 @@ LARGEST_FFT = 2**30
 CHANNEL_BLOCK = 32
 
 
-@functools.cache
 def _friendly_sizes() -> tuple[int, ...]:
-    """Every even number 2^a 3^b 5^c up to `LARGEST_FFT`, in order."""
     sizes = [2]
     for prime in (2, 3, 5):
         for size in list(sizes):
@@ -32,12 +28,22 @@ def _friendly_sizes() -> tuple[int, ...]:
     return tuple(sorted(sizes))
 
 
+# Every even number 2^a 3^b 5^c up to LARGEST_FFT, in order.
+_SIZES = _friendly_sizes()
+
+
 def fft_size(minimum: int) -> int:
-    """Smallest even size >= minimum whose only prime factors are 2, 3 and 5: other sizes are 3 to 8 times slower."""
-    sizes = _friendly_sizes()
-    if minimum > sizes[-1]:
-        raise ValueError(f"a convolution of {minimum} points is larger than the largest supported, {sizes[-1]}")
-    return sizes[bisect.bisect_left(sizes, minimum)]
+    """Smallest even size >= minimum whose only prime factors are 2, 3 and 5: other sizes are 3 to 8 times slower.
+
+    Raises: ValueError above 2^30.
+    """
+    if minimum > LARGEST_FFT:
+        raise ValueError(f"a convolution of {minimum} points is larger than the largest supported, {LARGEST_FFT}")
+    low, high = 0, len(_SIZES) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if _SIZES[middle] < minimum else (low, middle)
+    return _SIZES[low]
 
 
 def working_dtype(*tensors: Tensor) -> torch.dtype:

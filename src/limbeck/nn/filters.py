@@ -51,6 +51,8 @@ class LongFilter(nn.Module):
     support: int | None
     fit_steps = 0
 
+    LINEAR_PARAMETERS: tuple[str, ...] = ()
+
     def __init__(self, channels: int, *, support: int | None):
         super().__init__()
         if channels < 1 or (support is not None and support < 1):
@@ -77,8 +79,8 @@ class LongFilter(nn.Module):
         """Move the parameters towards target taps; return the relative error that is left.
 
         `weights`: importance of each squared deviation, broadcastable to the target. `steps`: of refinement
-        (default `fit_steps`), 0 for the closed-form start alone. The error is measured on the taps the filter gives afterwards, over *all* of the target, lags beyond
-        `support` included: sqrt(sum w (h - target)^2 / sum w target^2).
+        (default `fit_steps`), 0 for the closed-form start alone. The error is measured on the taps the filter gives
+        afterwards, over *all* of the target, lags beyond `support` included: sqrt(sum w (h - target)^2 / sum w target^2).
 
         Raises: ValueError when the target is not [C, K].
         """
@@ -93,6 +95,13 @@ class LongFilter(nn.Module):
     def fit_closely(self, target_CK: Tensor, weights_CK: Tensor, *, steps: int) -> None:
         """What `fit` does to the parameters; each filter's own."""
         raise NotImplementedError
+
+    @torch.no_grad()
+    def scale(self, factor_C: Tensor) -> None:
+        """Multiply each channel's taps by a factor, in place: the taps are linear in `LINEAR_PARAMETERS`."""
+        for name in self.LINEAR_PARAMETERS:
+            parameter = getattr(self, name)
+            parameter.mul_(factor_C.to(parameter).unsqueeze(-1))
 
     def known_taps(self) -> KnownTaps:
         """The taps as they are now, kept from call to call while no gradient is asked for and no weight changes.
@@ -115,7 +124,7 @@ class LongFilter(nn.Module):
 
     def _evaluate_plainly(self, length: int) -> Tensor:
         with torch.inference_mode(False), torch.no_grad():
-            return self(length)
+            return self(length).detach().clone()
 
     def train(self, mode: bool = True) -> LongFilter:
         """As in torch; forgets the taps kept."""
@@ -163,6 +172,8 @@ class ImplicitFilter(LongFilter):
     """
 
     fit_steps = 60
+
+    LINEAR_PARAMETERS = ("output_weight",)
 
     def __init__(
         self,
@@ -251,6 +262,8 @@ class ExplicitFilter(LongFilter):
     Source: after the medium filters of StripedHyena 2 (Ku et al. 2025, arXiv:2503.01868), with the taps themselves trained.
     """
 
+    LINEAR_PARAMETERS = ("taps_CK",)
+
     def __init__(self, channels: int, *, filter_length: int = 1024):
         super().__init__(channels, support=filter_length)
         self.filter_length = filter_length
@@ -289,6 +302,8 @@ class ModalFilter(LongFilter):
     """
 
     fit_steps = 30
+
+    LINEAR_PARAMETERS = ("residue_real_CN", "residue_imag_CN")
 
     def __init__(self, channels: int, *, modes: int = 8, longest_memory: float = 1024.0):
         super().__init__(channels, support=None)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from limbeck.core.errors import RecipeError, unknown_name
 from limbeck.nn.fftconv import working_dtype
-from limbeck.nn.filters import FILTERS, mark_undecayed
+from limbeck.nn.filters import FILTERS, LongFilter, mark_undecayed
 from limbeck.nn.online import ModalRecurrence, OnlineConvolution, init_memory
 from limbeck.nn.packing import document_buckets, repack_documents, unpack_documents
 
@@ -114,8 +114,11 @@ class HyenaOperator(nn.Module):
         self.short_weight.uniform_(-bound, bound)
         self.short_bias.zero_()
         self.skip_bias.zero_()
-        for long_filter in self.filters:
+        for long_filter in self._long_filters():
             long_filter.reset_parameters()
+
+    def _long_filters(self) -> list[LongFilter]:
+        return cast(list[LongFilter], list(self.filters))
 
     def forward(
         self, hidden_BTD: Tensor, *, mask_BT: Tensor | None = None, document_ids_BT: Tensor | None = None
@@ -141,7 +144,7 @@ class HyenaOperator(nn.Module):
     def init_state(self, batch_size: int, *, device: torch.device | str, dtype: torch.dtype) -> HyenaState:
         """The state before the first token. `dtype`: the model's; sums and modes are kept in float32 at least."""
         context_BKM = torch.zeros(batch_size, self.short_conv - 1, self.short_bias.shape[0], device=device, dtype=dtype)
-        memories = [init_memory(f, batch_size, device=device, dtype=dtype) for f in self.filters]
+        memories = [init_memory(f, batch_size, device=device, dtype=dtype) for f in self._long_filters()]
         return HyenaState(context_BKM, memories)
 
     def advance(
@@ -150,7 +153,8 @@ class HyenaOperator(nn.Module):
         """Continue after `state` with T more tokens; return their outputs and the state after them.
 
         Any split of a sequence into calls gives what `forward` gives for the whole. The state given is used up (its
-        tensors are changed in place): `clone` it first to branch. Gradients flow through this chunk, not into the past.
+        tensors are changed in place): `clone` it first to branch. Gradients flow through this chunk, not into the past;
+        generate under `torch.no_grad()` and in eval mode, where single tokens are fast and filters are evaluated once.
         """
         if hidden_BTD.shape[1] == 1 and not torch.is_grad_enabled():
             return self._advance_token(hidden_BTD, state, mask_BT), state
@@ -159,8 +163,11 @@ class HyenaOperator(nn.Module):
         if self.short_conv > 1:
             state.context_BKM = streams_BMT[..., 1 - self.short_conv :].detach().transpose(1, 2).contiguous()
 
+        filters = self._long_filters()
+
         def convolve(index: int, u_BCT: Tensor) -> Tensor:
-            return state.memories[index].extend(u_BCT, self.filters[index])
+            y_BCT = state.memories[index].extend(u_BCT.to(working_dtype(u_BCT)), filters[index])
+            return y_BCT.to(u_BCT.dtype)
 
         mixed_BCT = self._mix(self._convolve_short(streams_BMT), convolve, mask_BT)
         state.length += hidden_BTD.shape[1]
@@ -176,8 +183,10 @@ class HyenaOperator(nn.Module):
         for tap in range(1, self.short_conv):
             streams_BM = streams_BM.addcmul_(window_BKM[:, tap], self.short_weight[:, tap])
 
+        filters = self._long_filters()
+
         def convolve(index: int, u_BC: Tensor) -> Tensor:
-            y_BC = state.memories[index].step(u_BC.to(working_dtype(u_BC)), self.filters[index])
+            y_BC = state.memories[index].step(u_BC.to(working_dtype(u_BC)), filters[index])
             return y_BC.to(u_BC.dtype)
 
         mixed_BC = self._mix(streams_BM, convolve, mask_BT)
@@ -233,7 +242,7 @@ class HyenaOperator(nn.Module):
         return value * gates[0]
 
     def _convolve_long(self, index: int, u_BCT: Tensor) -> Tensor:
-        return self.filters[index].known_taps().convolve(u_BCT)
+        return self._long_filters()[index].known_taps().convolve(u_BCT)
 
     def _finish(self, mixed_BCT: Tensor) -> Tensor:
         return self.out_proj(mixed_BCT.transpose(1, 2))

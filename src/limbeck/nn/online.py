@@ -28,9 +28,9 @@ class OnlineConvolution:
     Time is cut into blocks of `BLOCK` tokens. Inside a block each input is pushed straight onto the block's outputs.
     At the end of a block that ends at m tokens, the last P tokens (P the largest power of two dividing m) are
     convolved onto the P tokens to come, by one cyclic FFT of 2 P points; so every pair (input, output) is met exactly
-    once, and a token costs O(log^2) on average, with memory O(L). `pending_BCH` reaches `horizon` tokens ahead of the
-    last restart; when they are used up, one FFT of the history opens the next, twice as long. Filters with bounded
-    support bound horizon and history by it.
+    once, and a token costs O(log^2) on average, with memory O(L). `pending_BCH` reaches a power of two of tokens ahead of
+    the last restart; when they are used up, one FFT of the history opens the next, as long as the history or half of it.
+    Filters with bounded support bound both.
     Source: van der Hoeven 2002 (relaxed multiplication); Oncescu et al. 2024, arXiv:2410.12982, algorithm 2; the
     restart after a prompt: Agarwal et al. 2024, arXiv:2410.03766.
     """
@@ -95,7 +95,7 @@ class OnlineConvolution:
                 known.head(2 * tile),
                 start=tile,
                 stop=2 * tile,
-                spectrum_CF=known.spectrum(2 * tile, 2 * tile),
+                spectrum_CF=known.tile_spectrum(2 * tile),
             )
             self.pending_BCH[..., self.time : self.time + tile] += ahead_BCP
 
@@ -107,13 +107,13 @@ class OnlineConvolution:
             past_BCL = torch.cat((past_BCL, self.block_inputs_BPC[:, :place].transpose(1, 2)), dim=-1)
         past_BCL = past_BCL[..., past_BCL.shape[-1] - known.reach(past_BCL.shape[-1] + 1) + 1 :]
         past, total = past_BCL.shape[-1], past_BCL.shape[-1] + u_BCT.shape[-1]
-        horizon = _next_horizon(total, self.pending_BCH.shape[-1], known.support)
+        horizon = _next_horizon(total, known.support)
         all_BCL = torch.cat((past_BCL, u_BCT), dim=-1)
         if total:
             outputs_BCX = convolution_window(all_BCL, known.head(total + horizon), start=past, stop=total + horizon)
         else:
             outputs_BCX = u_BCT.new_zeros(*u_BCT.shape[:2], horizon)
-        self.pending_BCH = outputs_BCX[..., u_BCT.shape[-1] :].detach()
+        self.pending_BCH = outputs_BCX[..., u_BCT.shape[-1] :].detach().clone()
         self.filled = known.reach(total + 1) - 1
         history_BCL = all_BCL.new_zeros(*all_BCL.shape[:2], self.filled + horizon)
         history_BCL[..., : self.filled] = all_BCL[..., total - self.filled :].detach()
@@ -121,12 +121,10 @@ class OnlineConvolution:
         return outputs_BCX[..., : u_BCT.shape[-1]]
 
 
-def _next_horizon(total: int, horizon: int, support: int | None) -> int:
-    """How many tokens ahead to sum: a power of two, half the history or double the last one, within the support."""
-    wanted = max(BLOCK, 2 * horizon, 1 << max(0, (total // 2).bit_length()))
-    if support is None:
-        return wanted
-    return max(BLOCK, min(wanted, 1 << (support - 1).bit_length()))
+def _next_horizon(total: int, support: int | None) -> int:
+    """How many tokens ahead to sum: a power of two, more than half of the history, no more than the support needs."""
+    wanted = max(BLOCK, 1 << (total // 2).bit_length())
+    return wanted if support is None else min(wanted, max(BLOCK, 1 << (support - 1).bit_length()))
 
 
 def _block_lags(known: KnownTaps) -> Tensor:
@@ -145,6 +143,7 @@ class ModalRecurrence:
     """
 
     state_BNC: Tensor
+    is_fresh: bool = True
 
     @staticmethod
     def empty(
@@ -155,28 +154,32 @@ class ModalRecurrence:
 
     def map(self, fn: Callable[[Tensor], Tensor]) -> ModalRecurrence:
         """A state with `fn` applied to its tensor, which is batch-first."""
-        return ModalRecurrence(fn(self.state_BNC))
+        return ModalRecurrence(fn(self.state_BNC), self.is_fresh)
 
-    def extend(self, u_BCT: Tensor, long_filter: ModalFilter) -> Tensor:
+    def extend(self, u_BCT: Tensor, long_filter: LongFilter) -> Tensor:
         """Take in a chunk [B, C, T] and return its outputs [B, C, T]."""
+        assert isinstance(long_filter, ModalFilter)
         length = u_BCT.shape[-1]
-        rate_CN, angle_CN, residue_CN = long_filter.rates_CN(), long_filter.angles_CN(), long_filter.residues_CN()
+        rate_CN, angle_CN = long_filter.rates_CN(), long_filter.angles_CN()
         past_BCN = self.state_BNC.transpose(1, 2)
         with without_autocast(u_BCT):
-            carried_BCN = residue_CN * long_filter.poles_CN() * past_BCN
-            carried_BCT = modal_taps(rate_CN, angle_CN, carried_BCN, length=length)
-            y_BCT = long_filter.known_taps().convolve(u_BCT) + carried_BCT
+            y_BCT = long_filter.known_taps().convolve(u_BCT)
+            if not self.is_fresh:
+                carried_BCN = long_filter.residues_CN() * long_filter.poles_CN() * past_BCN
+                y_BCT = y_BCT + modal_taps(rate_CN, angle_CN, carried_BCN, length=length)
             with torch.no_grad():
-                decayed_BCN = past_BCN * damped_waves(rate_CN, angle_CN, start=length, count=1)[..., 0]
-                state_BCN = decayed_BCN + _summed_state(u_BCT, rate_CN, angle_CN)
-        self.state_BNC = state_BCN.transpose(1, 2).contiguous()
+                decay_CN = damped_waves(rate_CN, angle_CN, start=length, count=1)[..., 0]
+                state_BCN = decay_CN * past_BCN + _summed_state(u_BCT, rate_CN, angle_CN)
+        self.state_BNC, self.is_fresh = state_BCN.transpose(1, 2).contiguous(), False
         return y_BCT
 
-    def step(self, u_BC: Tensor, long_filter: ModalFilter) -> Tensor:
+    def step(self, u_BC: Tensor, long_filter: LongFilter) -> Tensor:
         """Take in one token [B, C] and return its output [B, C]. No gradients."""
+        assert isinstance(long_filter, ModalFilter)
         known = long_filter.known_taps()
         poles_NC = known.constant("poles", lambda: long_filter.poles_CN().detach().T.contiguous())
         residues_NC = known.constant("residues", lambda: long_filter.residues_CN().detach().T.contiguous())
+        self.is_fresh = False
         self.state_BNC.mul_(poles_NC).add_(u_BC.unsqueeze(1))
         return (self.state_BNC * residues_NC).sum(1).real
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import cmath
 import math
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -86,7 +87,7 @@ def operate_slowly(operator: HyenaOperator, hidden_BTD: Tensor) -> Tensor:
     for round_ in range(operator.order - 1):
         gate = operator.order - 1 - round_
         gated = [values[t] * streams[t][gate] for t in range(length)]
-        h_CK = taps_slowly(operator.filters[round_], length)
+        h_CK = taps_slowly(cast(LongFilter, operator.filters[round_]), length)
         summed_BCT = convolve_slowly(torch.stack(gated, dim=-1), h_CK)
         values = [summed_BCT[..., t] + weights["skip_bias"][round_] * gated[t] for t in range(length)]
     outputs = [_affine(weights, "out_proj", values[t] * streams[t][0]) for t in range(length)]

@@ -9,11 +9,9 @@ from torch import Tensor
 
 from limbeck.nn.fftconv import causal_convolution, choose_algorithm, convolution_window, window_size, working_dtype
 
-SPECTRA_KEPT = 16
-
 
 class KnownTaps:
-    """Taps of a filter for any length asked, with the most recent spectra.
+    """Taps of a filter for any length asked, and the spectra in use.
 
     `support`: the number of taps that can differ from zero, or None when there is no end to them. `lasting`: whether
     the object will serve many calls, so that spectra are worth keeping.
@@ -23,7 +21,7 @@ class KnownTaps:
         self.support, self.lasting = support, lasting
         self._evaluate = evaluate
         self._taps_CK: Tensor | None = None
-        self._spectra: dict[tuple[int, int], Tensor] = {}
+        self._whole: tuple[tuple[int, int], Tensor] | None = None
         self._constants: dict[Hashable, Tensor] = {}
 
     def reach(self, length: int) -> int:
@@ -38,16 +36,15 @@ class KnownTaps:
             self._taps_CK = self._evaluate(self.reach(max(length, 2 * known)))
         return self._taps_CK[:, :length]
 
-    def spectrum(self, length: int, size: int) -> Tensor:
-        """Real FFT [C, size / 2 + 1] of the first `length` taps, zero-padded to `size` points."""
-        key = (self.reach(length), size)
-        spectrum_CF = self._spectra.pop(key, None)
-        if spectrum_CF is None:
-            spectrum_CF = torch.fft.rfft(self.head(length), n=size)
-        self._spectra[key] = spectrum_CF
-        if len(self._spectra) > SPECTRA_KEPT:
-            del self._spectra[next(iter(self._spectra))]
-        return spectrum_CF
+    def tile_spectrum(self, size: int) -> Tensor:
+        """Real FFT [C, size / 2 + 1] of the first `size` taps."""
+        return self.constant(("tile", size), lambda: torch.fft.rfft(self.head(size), n=size))
+
+    def _whole_spectrum(self, taps: int, size: int) -> Tensor:
+        """The spectrum for a whole sequence. Only the last one is kept: they are as large as the sequence."""
+        if self._whole is None or self._whole[0] != (taps, size):
+            self._whole = ((taps, size), torch.fft.rfft(self.head(taps), n=size))
+        return self._whole[1]
 
     def convolve(self, u_BCT: Tensor) -> Tensor:
         """Causal convolution of [B, C, T] with the taps, in the dtype of the input."""
@@ -60,7 +57,7 @@ class KnownTaps:
         )
         if "fft" not in algorithm:
             return causal_convolution(u_BCT, self.head(length), algorithm=algorithm)
-        spectrum_CF = self.spectrum(taps, window_size(length, taps, start=0, stop=length))
+        spectrum_CF = self._whole_spectrum(taps, window_size(length, taps, start=0, stop=length))
         wide_BCT = u_BCT.to(working_dtype(u_BCT, spectrum_CF.real))
         return convolution_window(wide_BCT, self.head(length), start=0, stop=length, spectrum_CF=spectrum_CF).to(
             u_BCT.dtype

@@ -15,6 +15,7 @@ import limbeck
 from limbeck.cli import app
 from limbeck.console import finite, words
 from limbeck.core.errors import DataError
+from limbeck.recipe_io import load_recipe
 
 REPORT = {
     "verdict": {"headline": "It worked.", "gained": ["speed"], "lost": ["recall"], "warnings": ["one seed"]},
@@ -107,7 +108,8 @@ def test_the_end_of_a_run_says_what_came_out_where_it_is_and_what_to_type_next(f
     result = run("run", "demo", "seed=5", "--budget", "0.5x", "--run-folder", folder)
     assert result.exit_code == 0
     (recipe,), options = pipeline.calls[0]
-    assert (recipe.seed, options) == (5, {"run_folder": folder, "budget": 0.5, "progress": True})
+    assert (recipe.seed, options) == (5, {"run_folder": folder, "progress": True})
+    assert recipe.stages[0].tokens == load_recipe("demo").stages[0].tokens // 2
     last = result.stdout.splitlines()[-7:]
     assert last == [
         "It worked.", "+ speed", "- recall", "! one seed", "", f"report: {folder}/report.html",
@@ -120,8 +122,8 @@ def test_the_demo_is_the_demo_preset(fake):
     assert run("demo", "--budget", "10x").exit_code == 0
     (recipe,), options = pipeline.calls[0]
     assert recipe.name == "demo"
-    assert options["budget"] == 10
-    assert str(options["run_folder"]) == "runs/demo"
+    assert recipe.stages[0].tokens == 10 * load_recipe("demo").stages[0].tokens
+    assert str(options["run_folder"]) == "runs/demo-10x"
 
 
 JSON_COMMANDS = [

@@ -188,7 +188,7 @@ def test_activations_by_hand():
 
 def test_calibration_memory_by_hand():
     held = costs.calibration_bytes(tokens=100, context_tokens=10, width=4, heads=2, layers=3)
-    assert held == 4 * (100 * 2 * 4 * 3 + 8 * 2 * 10 * 10 * 3)
+    assert held == 4 * (100 * 2 * 4 * 3 + 2 * 10 * 10 * 3)
 
 
 def test_disk_by_hand():

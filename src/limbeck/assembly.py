@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -14,7 +15,7 @@ import torch
 
 from limbeck.core.errors import CheckpointError, RecipeError
 from limbeck.core.files import read_json, write_atomic, write_json
-from limbeck.core.runtime import derive_seed, is_main, seed_everything
+from limbeck.core.runtime import derive_seed, is_main, rank, seed_everything
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
 from limbeck.data.text import TextSource, read_documents
@@ -95,8 +96,11 @@ def open_tokenizer(recipe: Recipe, teacher: LoadedTeacher | None, folder: Path) 
 
         saved = folder / "tokenizer"
         if not saved.exists():
+            draft = folder / f".tokenizer.{rank()}.tmp"
             documents = (text for source in recipe.data.train for text in read_documents(text_source(source)))
-            train_tokenizer(documents, vocab_size=words.train_vocab_size).save_pretrained(saved)
+            train_tokenizer(documents, vocab_size=words.train_vocab_size).save_pretrained(draft)
+            with contextlib.suppress(OSError):  # another process was first
+                draft.rename(saved)
         return AutoTokenizer.from_pretrained(saved)
     if words.source is not None:
         from limbeck.models.teacher import load_tokenizer

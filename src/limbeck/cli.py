@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 import signal
@@ -97,14 +98,15 @@ def run(
 def _run(
     name: str, overrides: list[str], *, budget: float, run_folder: Path | None, open_report: bool, as_json: bool
 ) -> None:
+    from limbeck.recipe import with_budget
     from limbeck.recipe_io import load_recipe
 
-    recipe = load_recipe(name, overrides)
+    recipe = with_budget(load_recipe(name, overrides), budget)
     from limbeck import pipeline
 
     folder = run_folder or Path(recipe.run_folder)
     with quiet_stdout(when=as_json):
-        report = pipeline.run(recipe, run_folder=folder, budget=budget, progress=not as_json)
+        report = pipeline.run(recipe, run_folder=folder, progress=not as_json)
     if not report:
         return
     if as_json:

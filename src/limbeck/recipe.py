@@ -252,14 +252,20 @@ class Recipe(Part):
 
 
 def with_budget(recipe: Recipe, factor: float) -> Recipe:
-    """The same recipe with every stage's tokens multiplied, at least one step each. 1 changes nothing."""
+    """The same recipe with every stage's tokens multiplied, at least one step each, in a run folder of its own.
+
+    1 changes nothing.
+    """
     if factor == 1:
         return recipe
     stages = [
         stage.model_copy(update={"tokens": max(stage.batch_tokens, round(stage.tokens * factor))})
         for stage in recipe.stages
     ]
-    return recipe.model_copy(update={"stages": stages})
+    runtime = recipe.runtime
+    if runtime.run_folder is None:
+        runtime = runtime.model_copy(update={"run_folder": f"{recipe.run_folder}-{factor:g}x"})
+    return recipe.model_copy(update={"stages": stages, "runtime": runtime})
 
 
 def _teacher_problems(recipe: Recipe) -> Problems:

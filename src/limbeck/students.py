@@ -33,16 +33,24 @@ def initial_student(work: Run) -> Any:
     folder = work.folder / "arms" / "student" / "initial"
     saved = newest_checkpoint(folder)
     if saved is not None:
-        student = _blank(work, saved.facts["mixers"])
+        student: Any = _blank(work, saved.facts["mixers"])
         load_weights(student, saved.tensors["model"])
+        _note_layers(work, saved.facts)
         return student
     mixers, fits, student = _prepare(work)
+    facts = {"mixers": mixers, "fits": [[fit.layer, fit.before, fit.after] for fit in fits]}
     if is_main():
-        facts = {"mixers": mixers, "fits": [[fit.layer, fit.before, fit.after] for fit in fits]}
         save_checkpoint(folder, Checkpoint(0, {"model": dict(weights_of(student))}, facts), keep=1)
-        write_json(work.folder / "layers.json", {"initial": facts["fits"], "mixers": mixers})
+    _note_layers(work, facts)
     wait_for_all()
     return student
+
+
+def _note_layers(work: Run, facts: dict[str, Any]) -> None:
+    """Keep the fits of the start for the report, unless a run that was stopped has done so."""
+    file = work.folder / "layers.json"
+    if is_main() and not file.exists():
+        write_json(file, {"initial": facts["fits"], "mixers": facts["mixers"]})
 
 
 def _prepare(work: Run) -> tuple[list[str], list[LayerFit], HybridForCausalLM]:

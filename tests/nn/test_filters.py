@@ -221,6 +221,17 @@ def test_weights_move_the_fit_to_what_matters():
     assert_close(error, float(wrong.sqrt()))
 
 
+def test_a_weighted_modal_fit_ends_where_the_weighted_error_is_stationary():
+    t = torch.arange(60).double()
+    target = (1 / (1 + t)).expand(2, -1) ** torch.tensor([[0.5], [1.0]]).double()
+    weights = 1 / (1 + t)
+    long_filter = ModalFilter(2, modes=2).double()
+    long_filter.fit(target, weights=weights, steps=200)
+    wrong = (weights * (long_filter(60) - target).square()).sum()
+    for slope in torch.autograd.grad(wrong, tuple(long_filter.parameters())):
+        assert float(slope.abs().max()) < 1e-7
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_fitting_leaves_gradients_as_they_were_and_survives_zero_targets(kind):
     long_filter = make(kind).requires_grad_(False)

@@ -13,6 +13,7 @@ from limbeck.models.initialise import (
     copy_projections,
     inner_output,
     mean_attention_by_lag,
+    moments,
     normalised_error,
     ridge_solution,
 )
@@ -56,20 +57,31 @@ def test_mean_attention_by_lag_against_a_loop(teacher):
 
 def test_the_ridge_solution_against_least_squares():
     torch.manual_seed(1)
-    features, targets = torch.randn(60, 6, dtype=torch.float64), torch.randn(60, 4, dtype=torch.float64)
-    weight, bias = ridge_solution(features, targets, ridge=0.0, has_bias=True)
-    ones = torch.ones(60, 1, dtype=torch.float64)
-    expected = torch.linalg.lstsq(torch.cat([features, ones], 1), targets).solution
+    features, targets = torch.randn(5, 12, 6, dtype=torch.float64) + 1, torch.randn(5, 12, 4, dtype=torch.float64) - 2
+    known = moments(features, targets, rows=2)
+    weight, bias = ridge_solution(known, ridge=0.0, has_bias=True)
+    flat, wanted = features.flatten(0, 1), targets.flatten(0, 1)
+    expected = torch.linalg.lstsq(torch.cat([flat, torch.ones(60, 1, dtype=torch.float64)], 1), wanted).solution
     assert_close(torch.cat([weight.T, bias[None]]), expected)
-    weight, bias = ridge_solution(features, targets, ridge=0.0, has_bias=False)
-    assert_close(weight.T, torch.linalg.lstsq(features, targets).solution)
+    by_hand = (flat @ weight.T + bias - wanted).square().sum()
+    assert known.squared_error(weight, bias) == pytest.approx(float(by_hand))
+    weight, bias = ridge_solution(known, ridge=0.0, has_bias=False)
+    assert_close(weight.T, torch.linalg.lstsq(flat, wanted).solution)
     assert not bias.any()
 
 
+def test_scaled_moments_are_those_of_scaled_features():
+    features, targets = torch.randn(3, 4, 2, dtype=torch.float64), torch.randn(3, 4, 5, dtype=torch.float64)
+    factor = torch.tensor([2.0, 0.1], dtype=torch.float64)
+    one, other = moments(features, targets).scaled(factor), moments(features * factor, targets)
+    assert_close(one.gram_MM, other.gram_MM)
+    assert_close(one.cross_MD, other.cross_MD)
+
+
 def test_a_ridge_by_hand():
-    features, targets = torch.tensor([[1.0], [1.0]]), torch.tensor([[2.0], [2.0]])
-    weight, _ = ridge_solution(features, targets, ridge=0.5, has_bias=False)
-    assert_close(weight, torch.tensor([[4.0 / 3.0]]))
+    known = moments(torch.tensor([[[1.0], [1.0]]]), torch.tensor([[[2.0], [2.0]]]))
+    weight, _ = ridge_solution(known, ridge=0.5, has_bias=False)
+    assert float(weight) == pytest.approx(4 / 3)
 
 
 def test_inner_output_is_what_the_output_projection_sees():

@@ -174,11 +174,11 @@ def test_going_on_does_not_spoil_the_gradients_of_an_earlier_chunk():
     u = torch.randn(ROWS, CHANNELS, 3 * BLOCK).double().requires_grad_()
     memory = begin(long_filter)
     first = memory.extend(u[..., : BLOCK + 5], long_filter)
-    loss = first.exp().sum()
+    loss = first.square().sum()
     with torch.no_grad():
         feed(memory, u[..., BLOCK + 5 :], long_filter, [1] * (2 * BLOCK - 5))
     (actual,) = torch.autograd.grad(loss, u)
-    expected = causal_convolution(u, long_filter(BLOCK + 5))[..., : BLOCK + 5].exp().sum()
+    expected = causal_convolution(u, long_filter(BLOCK + 5))[..., : BLOCK + 5].square().sum()
     assert_close(actual, torch.autograd.grad(expected, u)[0])
 
 

@@ -257,34 +257,76 @@ def _try_gates(
     whose held-out error is within two per cent of the best is taken.
     """
     _set_gates(operator, parts, seen[0], strengths=strengths)
-    mixed_NC = inner_output(operator, seen[0], document_ids_BT=document_ids[0]).flatten(0, 1).double()
-    fresh_NC = inner_output(operator, unseen[0], document_ids_BT=document_ids[1]).flatten(0, 1).double()
-    rms_C = mixed_NC.square().mean(0).sqrt()
+    known = moments(inner_output(operator, seen[0], document_ids_BT=document_ids[0]), seen[1])
+    fresh = moments(inner_output(operator, unseen[0], document_ids_BT=document_ids[1]), unseen[1])
+    rms_C = (known.gram_MM.diagonal()[:-1] / known.gram_MM[-1, -1]).sqrt()
     unit_C = 1 / rms_C.clamp_min(1e-3 * float(rms_C.mean()) + 1e-12)
-    target_ND, fresh_ND = seen[1].flatten(0, 1).double(), unseen[1].flatten(0, 1).double()
+    known, fresh = known.scaled(unit_C), fresh.scaled(unit_C)
     has_bias = operator.out_proj.bias is not None
     found = []
     for ridge in RIDGES:
-        weight_DC, bias_D = ridge_solution(mixed_NC * unit_C, target_ND, ridge=ridge, has_bias=has_bias)
-        wrong_ND = (fresh_NC * unit_C) @ weight_DC.T + bias_D - fresh_ND
-        error = float(wrong_ND.square().sum() / fresh_ND.square().sum().clamp_min(1e-30))
+        weight_DC, bias_D = ridge_solution(known, ridge=ridge, has_bias=has_bias)
+        error = fresh.squared_error(weight_DC, bias_D) / max(fresh.energy, 1e-30)
         found.append(_Trial(strengths, unit_C.to(seen[0]), weight_DC, bias_D, error))
     least = min(trial.error for trial in found)
     return next(trial for trial in reversed(found) if trial.error <= 1.02 * least)
 
 
-def ridge_solution(mixed_NC: Tensor, target_ND: Tensor, *, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Moments:
+    """All that least squares needs to know of features and targets: sums of products, in float64.
+
+    gram_MM: products of the features, a constant 1 after them, with themselves; cross_MD: with the targets; energy: the
+    targets' sum of squares. M is C + 1.
+    """
+
+    gram_MM: Tensor
+    cross_MD: Tensor
+    energy: float
+
+    def scaled(self, factor_C: Tensor) -> Moments:
+        """The moments of the features times a factor per channel."""
+        factor_M = torch.cat([factor_C, factor_C.new_ones(1)])
+        return Moments(self.gram_MM * factor_M * factor_M[:, None], self.cross_MD * factor_M[:, None], self.energy)
+
+    def squared_error(self, weight_DC: Tensor, bias_D: Tensor) -> float:
+        """Sum of squares of weight @ features + bias - targets."""
+        weight_DM = torch.cat([weight_DC, bias_D[:, None]], dim=1)
+        return (
+            float((weight_DM @ self.gram_MM * weight_DM).sum() - 2 * (weight_DM * self.cross_MD.T).sum()) + self.energy
+        )
+
+
+def moments(features_BTC: Tensor, targets_BTD: Tensor, *, rows: int = 8) -> Moments:
+    """The moments of captured features and targets, gathered a few rows at a time."""
+    channels, width = features_BTC.shape[-1], targets_BTD.shape[-1]
+    gram_MM = torch.zeros(channels + 1, channels + 1, dtype=torch.float64, device=features_BTC.device)
+    cross_MD = torch.zeros(channels + 1, width, dtype=torch.float64, device=features_BTC.device)
+    energy = 0.0
+    for low in range(0, features_BTC.shape[0], rows):
+        features_NC = features_BTC[low : low + rows].flatten(0, -2).double()
+        features_NM = torch.cat([features_NC, features_NC.new_ones(features_NC.shape[0], 1)], dim=1)
+        targets_ND = targets_BTD[low : low + rows].flatten(0, -2).double()
+        gram_MM += features_NM.T @ features_NM
+        cross_MD += features_NM.T @ targets_ND
+        energy += float(targets_ND.square().sum())
+    return Moments(gram_MM, cross_MD, energy)
+
+
+def ridge_solution(known: Moments, *, ridge: float, has_bias: bool) -> tuple[Tensor, Tensor]:
     """Weights [D, C] and bias [D] that map features to targets with least squares.
 
-    ridge: penalty on the weights, as a share of the features' mean energy. Without a bias, [D] is zeros.
+    ridge: penalty on the weights (never on the bias), as a share of the features' mean energy about their mean. Without a
+    bias, [D] is zeros.
     """
-    mixed_mean_C = mixed_NC.mean(0) * has_bias
-    target_mean_D = target_ND.mean(0) * has_bias
-    mixed_NC, target_ND = mixed_NC - mixed_mean_C, target_ND - target_mean_D
-    gram_CC = mixed_NC.T @ mixed_NC
+    gram_MM, cross_MD = known.gram_MM, known.cross_MD
+    mean_C = gram_MM[-1, :-1] / gram_MM[-1, -1] * has_bias
+    mean_D = cross_MD[-1] / gram_MM[-1, -1] * has_bias
+    gram_CC = gram_MM[:-1, :-1] - gram_MM[-1, -1] * mean_C[:, None] * mean_C
+    cross_CD = cross_MD[:-1] - gram_MM[-1, -1] * mean_C[:, None] * mean_D
     gram_CC.diagonal().add_(ridge * float(gram_CC.diagonal().mean()) + torch.finfo(torch.float32).tiny)
-    weight_DC = torch.linalg.solve(gram_CC, mixed_NC.T @ target_ND).T
-    return weight_DC, target_mean_D - weight_DC @ mixed_mean_C
+    weight_DC = torch.linalg.solve(gram_CC, cross_CD).T
+    return weight_DC, mean_D - weight_DC @ mean_C
 
 
 def _fit_filters(operator: HyenaOperator, lags_HK: Tensor, *, head_dim: int) -> None:

@@ -73,7 +73,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--tokens", type=int, default=100_000)
     parser.add_argument("--context", type=int, default=256)
     parser.add_argument("--calibration-tokens", type=int, default=16_384)
-    parser.add_argument("--learning-rate", type=float, default=2e-4)
+    parser.add_argument("--learning-rate", type=float, default=8e-6)
     parser.add_argument("--score-tokens", type=int, default=8192)
     parser.add_argument("--threads", type=int, default=None)
     parser.add_argument("--run-folder", type=Path, default=Path("runs/real-teacher"))

@@ -65,7 +65,7 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
 
 
 # What of `runtime` a continued run may not change; where it runs and how often it saves may.
-_BINDING_RUNTIME = frozenset({"gradient_checkpointing", "compile"})
+_BINDING_RUNTIME = frozenset({"gradient_checkpointing"})
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -217,7 +217,6 @@ class Runtime(Part):
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations twice and store them once: less memory."
     )
-    compile: bool = Field(default=False, description="Compile the models with torch.compile.")
 
 
 class Recipe(Part):

@@ -22,6 +22,9 @@ from limbeck.nn.packing import document_buckets, repack_documents, unpack_docume
 
 Convolve = Callable[[int, Tensor], Tensor]
 
+# From this length on, and without gradients, a processor convolves a few channels at a time, which stay in its cache.
+LONG_CHUNK, CHANNEL_BLOCK = 2048, 16
+
 
 @dataclass
 class HyenaState:
@@ -215,8 +218,18 @@ class HyenaOperator(nn.Module):
 
     def _convolve_short(self, streams_BMT: Tensor) -> Tensor:
         """The depthwise short convolution of projections which carry their own left context."""
-        weight_M1K = self.short_weight.to(streams_BMT.dtype).unsqueeze(1)
-        return F.conv1d(streams_BMT, weight_M1K, self.short_bias.to(streams_BMT.dtype), groups=weight_M1K.shape[0])
+        weight_MK, bias_M = self.short_weight.to(streams_BMT.dtype), self.short_bias.to(streams_BMT.dtype)
+        if torch.is_grad_enabled() or streams_BMT.shape[-1] < LONG_CHUNK or streams_BMT.device.type != "cpu":
+            return F.conv1d(streams_BMT, weight_MK.unsqueeze(1), bias_M, groups=weight_MK.shape[0])
+        length = streams_BMT.shape[-1] - self.short_conv + 1
+        mixed_BMT = streams_BMT.new_empty((*streams_BMT.shape[:2], length))
+        for low in range(0, streams_BMT.shape[1], CHANNEL_BLOCK):
+            block = slice(low, low + CHANNEL_BLOCK)
+            out_BMT, taps_MK1 = mixed_BMT[:, block], weight_MK[block].unsqueeze(-1)
+            torch.addcmul(bias_M[block].unsqueeze(-1), streams_BMT[:, block, :length], taps_MK1[:, 0], out=out_BMT)
+            for tap in range(1, self.short_conv):
+                out_BMT.addcmul_(streams_BMT[:, block, tap : tap + length], taps_MK1[:, tap])
+        return mixed_BMT
 
     def _convolve_short_within(self, streams_BMT: Tensor, document_ids_BT: Tensor) -> Tensor:
         """The same, one tap at a time, for taps which stay within the document."""

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -332,8 +330,3 @@ def stretch(stages: Sequence[Any], total_tokens: int) -> list[Any]:
     rest = total_tokens - sum(stage.tokens for stage in longer[:-1])
     longer[-1] = longer[-1].model_copy(update={"tokens": max(longer[-1].batch_tokens, rest)})
     return longer
-
-
-def recipe_fingerprint(recipe: Recipe) -> str:
-    """SHA-256 of the resolved recipe."""
-    return hashlib.sha256(json.dumps(recipe.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -96,7 +96,7 @@ def test_progressive_student_fed_with_attention_kept(job, tmp_path):
     words["controls"] = {"from_scratch": False, "copied": False, "teacher_more": False, "floor": True}
     facts = pipeline.run(type(recipe).model_validate(words), run_folder=tmp_path / "run", progress=False)
     assert sorted(layer["mixer"] for layer in facts["layers"]) == ["attention", "hyena"]
-    assert facts["controls"] == {"from_scratch": None, "copied": None, "teacher_more": None}
+    assert not any(facts["controls"].values())
 
 
 @pytest.mark.parametrize(("failed_layers", "mixers"), [("keep", ["attention"] * 2), ("swap", ["hyena"] * 2)])

@@ -166,14 +166,28 @@ def phase(**changes):
 
 
 def test_memory_of_a_phase_by_hand():
-    parts = costs.training_bytes(phase(kind="distil", keeps_average=True), activations_per_token=50.0, vocabulary=7)
+    distil = phase(kind="distil", keeps_average=True, target_bytes_per_token=3.0)
+    parts = costs.training_bytes(distil, activations_per_token=50.0, vocabulary=7, width=5)
     assert parts == {
         "gradients_bytes": 4000,
         "optimizer_bytes": 12_000,
         "activations_bytes": 500,
-        "logits_bytes": 10 * 7 * 4 * costs.LOGIT_COPIES["distil"],
+        "targets_bytes": 30,
+        "logits_bytes": 10 * 7 * 4 * costs.CHUNK_COPIES["distil"] + costs.HEAD_COPIES * 7 * 5 * 4,
     }
-    assert costs.training_bytes(phase(kind="align"), activations_per_token=0, vocabulary=7)["logits_bytes"] == 0
+    align = costs.training_bytes(phase(kind="align"), activations_per_token=0, vocabulary=7, width=5)
+    assert align["logits_bytes"] == 0
+
+
+def test_logits_take_a_chunk_however_many_positions_there_are():
+    def logits(device="cpu", **changes):
+        return costs.logit_bytes(phase(kind="distil", **changes), vocabulary=150_000, width=64, device=device)
+
+    head = 2 * 150_000 * 64 * 4
+    assert logits(micro_batch_tokens=4096) == logits(micro_batch_tokens=65_536) == 48 * 2**20 * 6.5 + head
+    assert logits(micro_batch_tokens=4096, device="cuda") == 256 * 2**20 * 10 + head
+    assert logits(micro_batch_tokens=4096, trains_head=False) == 48 * 2**20 * 6.5
+    assert logits(micro_batch_tokens=10) == 10 * 150_000 * 4 * 6.5 + head
 
 
 def test_activations_by_hand():
@@ -204,7 +218,7 @@ def test_disk_by_hand():
 def test_the_fullest_moment_is_found(teacher):
     memory = plan(recipe(teacher), machine=ROOMY)["memory"]
     assert memory["fullest_at"] in ("student, distil", "copied, distil")
-    parts = ("weights", "gradients", "optimizer", "activations", "logits", "runtime")
+    parts = ("weights", "teacher", "gradients", "optimizer", "activations", "targets", "logits", "runtime")
     assert memory["total_bytes"] == pytest.approx(sum(memory[f"{part}_bytes"] for part in parts))
     changes = ("stages.distil.micro_batch_sequences=1", "controls.copied=false")
     smaller = plan(recipe(teacher, *changes), machine=ROOMY)["memory"]

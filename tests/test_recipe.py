@@ -86,13 +86,14 @@ MUTATIONS = [
     # keys in the wrong place
     ("seed: 3", "context_tokens: 128", 2, "context_tokens", "belongs to data.context_tokens or evaluation"),
     ("keep_rule: even", "filter: modal", 8, "student.filter", "belongs to student.hyena.filter"),
-    ("    betas", "    device: cpu\n    betas", 26, "stages[1].device", "belongs to runtime.device"),
+    ("    betas", "    device: cpu\n    betas", 26, "stages[1].device", "unknown key"),
+    ("    betas", "    run_folder: x\n    betas", 26, "stages[1].run_folder", "belongs to runtime.run_folder"),
     ("    tokens: 300_000", "    kl: 1.0\n    tokens: 300_000", 19, "stages[0].kl", "to stages[kind=distil].kl"),
     ("seed: 3", "learning_rate: 1", 2, "learning_rate", "belongs to stages[kind=align].learning_rate or stages[kind="),
     # missing keys
     ("name: trial\n", "", 1, "name", "missing"),
     ("teacher:\n  source: some/teacher\n  dtype: float32\n", "", 1, "teacher", "missing"),
-    ("  source: some/teacher\n", "", 3, "teacher.source", "missing"),
+    ("  source: some/teacher\n", "", 3, "teacher.source", "Give one of source, store"),
     ("  context_tokens: 128\n", "", 12, "data.context_tokens", "missing"),
     ("    batch_tokens: 1024\n", "", 18, "stages[0].batch_tokens", "missing"),
     ("    learning_rate: 3e-3\n", "", 18, "stages[0].learning_rate", "missing"),
@@ -154,8 +155,8 @@ MUTATIONS = [
     ("context_lengths: [64, 128]", "context_lengths: []", 29, "evaluation.speed.context_lengths", "at least 1 item"),
     ("device: cpu", "device: tpu", 31, "runtime.device", "auto, cpu, cuda, cuda:0 or mps"),
     ("  source: some/teacher\n  dtype: float32\n", "", 3, "teacher", "nothing to build"),
-    ("hyena: {", "architecture: {model_type: gpt2}\n  hyena: {", 9, "student.architecture", "set teacher: null"),
-    ("seed: 3", "tokenizer: {train_vocab_size: 300}", 2, "tokenizer.train_vocab_size", "uses the teacher's tokens"),
+    ("hyena: {", "architecture: {model_type: gpt2}\n  hyena: {", 7, "student.keep_attention", "keeps its own mixers"),
+    ("seed: 3", "tokenizer: {train_vocab_size: 300}", 2, "tokenizer.train_vocab_size", "only a student of a new architecture"),
     ("seed: 3", "tokenizer: {train_vocab_size: 300, source: x}", 2, "tokenizer.train_vocab_size", "not both"),
     # YAML
     ("seed: 3", "seed: 3\nseed: 4", 3, 'duplicate key "seed"', "first on line 2"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from limbeck.data.text import TextSource, read_documents
 from limbeck.data.windows import cached_windows
 from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.surgery import find_attention, head_shape
-from limbeck.models.teacher import LoadedTeacher, load_teacher
+from limbeck.models.teacher import LoadedTeacher
 from limbeck.models.tokenizers import encoder, tokenizer_fingerprint, train_tokenizer
 from limbeck.recipe import Recipe
 from limbeck.recipe_io import dump_recipe
-from limbeck.recipe_stages import Stage, TuneStage
-from limbeck.train.stages import AlignLesson, LogitLesson
+from limbeck.store.manifest import is_store, is_unfinished
+from limbeck.store.store import TargetStore
+from limbeck.teachers.stored_windows import StoreWindows
 from limbeck.train.trainer import StageSettings
 
 
@@ -36,6 +37,10 @@ class StagePlan:
     spec: Any
     settings: StageSettings
     layers: tuple[int, ...] | None = None
+
+
+# Where a store keeps the tokenizer of its token ids.
+TOKENIZER_FOLDER = "tokenizer"
 
 
 def claim_run_folder(folder: Path, recipe: Recipe) -> None:
@@ -76,12 +81,16 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def open_teacher(recipe: Recipe, device: torch.device) -> LoadedTeacher | None:
-    """The recipe's teacher, ready to be asked; None when the recipe pre-trains."""
-    if recipe.teacher is None:
+    """The recipe's teacher as a model; None when the recipe pre-trains, or the teacher is no model that can be loaded."""
+    if recipe.teacher is None or recipe.teacher.start is None:
         return None
-    loaded = load_teacher(
-        recipe.teacher.source, revision=recipe.teacher.revision, dtype=recipe.teacher.dtype, device=device
-    )
+    from limbeck.teachers.live import load_live_model
+
+    words = recipe.teacher
+    loaded = load_live_model(
+        recipe.teacher.start, revision=words.revision, dtype=words.dtype, device=words.device or device,
+        quantise=words.quantise, offload=words.offload,
+    )  # fmt: skip
     loaded.model.eval().requires_grad_(False)
     return loaded
 
@@ -95,18 +104,47 @@ def open_tokenizer(recipe: Recipe, teacher: LoadedTeacher | None, folder: Path) 
         saved = folder / "tokenizer"
         if not saved.exists():
             draft = folder / f".tokenizer.{rank()}.tmp"
-            documents = (text for source in recipe.data.train for text in read_documents(text_source(source)))
+            documents = (text for source in recipe.data.train for text in training_texts(source))
             train_tokenizer(documents, vocab_size=words.train_vocab_size).save_pretrained(draft)
             with contextlib.suppress(OSError):  # another process was first
                 draft.rename(saved)
         return AutoTokenizer.from_pretrained(saved)
-    if words.source is not None:
-        from limbeck.models.teacher import load_tokenizer
+    from limbeck.models.teacher import load_tokenizer
 
+    if words.source is not None:
         return load_tokenizer(words.source)
-    if teacher is None:
-        raise RecipeError("tokenizer: a recipe without a teacher needs tokenizer.source or tokenizer.train_vocab_size.")
-    return teacher.tokenizer
+    if recipe.student.source is not None:
+        return _same_object(load_tokenizer(recipe.student.source), teacher)
+    if teacher is not None:
+        return teacher.tokenizer
+    store = None if recipe.teacher is None or recipe.teacher.store is None else Path(recipe.teacher.store).expanduser()
+    if store is not None and (store / TOKENIZER_FOLDER).is_dir():
+        return load_tokenizer(str(store / TOKENIZER_FOLDER))
+    raise RecipeError(
+        "tokenizer: this teacher brings no tokenizer. Give tokenizer.source (a hub id or a folder), or with a new "
+        "student and no teacher tokenizer.train_vocab_size."
+    )
+
+
+def _same_object(tokenizer: Any, teacher: LoadedTeacher | None) -> Any:
+    """The teacher's own tokenizer where the student's does exactly the same, so that one stands for both."""
+    is_same = teacher is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(teacher.tokenizer)
+    return teacher.tokenizer if is_same and teacher is not None else tokenizer
+
+
+def training_texts(words: Any) -> Iterator[str]:
+    """The documents of a source; of a target store, the text of its rows."""
+    folder = Path(words.source).expanduser()
+    if not is_store(folder):
+        yield from read_documents(text_source(words))
+        return
+    store = TargetStore(folder)
+    for number in range(len(store)):
+        if store.manifest.kind == "text":
+            record = store.text(number)
+            yield record.prompt + record.completion
+        else:
+            yield (store.row(number, targets=False).text or b"").decode("utf-8", errors="ignore")
 
 
 def text_source(words: Any) -> TextSource:
@@ -115,9 +153,10 @@ def text_source(words: Any) -> TextSource:
 
 
 def open_data(recipe: Recipe, tokenizer: Any, folder: Path, *, sources: Sequence[Any], max_tokens: int) -> Mixture:
-    """Token windows of the recipe's sources in the run's fixed order."""
+    """Token windows of the recipe's sources in the run's fixed order. The folder of a target store is a source too."""
     windows = [
-        cached_windows(
+        store_windows(recipe, words.source, tokenizer)
+        or cached_windows(
             text_source(words), encoder(tokenizer), folder=folder, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
             end_token=tokenizer.eos_token_id, context_tokens=recipe.data.context_tokens,
             cross_documents=recipe.data.cross_documents, max_tokens=max_tokens,
@@ -125,6 +164,22 @@ def open_data(recipe: Recipe, tokenizer: Any, folder: Path, *, sources: Sequence
         for words in sources
     ]  # fmt: skip
     return Mixture(windows, weights=[words.weight for words in sources], seed=derive_seed(recipe.seed, "data"))
+
+
+def store_windows(recipe: Recipe, source: str, tokenizer: Any) -> StoreWindows | None:
+    """The rows of a target store, when a text source is the folder of one; None for any other."""
+    folder = Path(source).expanduser()
+    if not (is_store(folder) or is_unfinished(folder)):
+        return None
+    store = TargetStore(folder)
+    is_same = store.manifest.kind == "targets" and store.tokenizer in (None, tokenizer_fingerprint(tokenizer))
+    if is_same:
+        return StoreWindows(store, context_tokens=recipe.data.context_tokens)
+    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    return StoreWindows(
+        store, encode=encoder(tokenizer), end_token=tokenizer.eos_token_id, padding_token=padding,
+        context_tokens=recipe.data.context_tokens,
+    )  # fmt: skip
 
 
 def mixer_list(recipe: Recipe, layers: int, *, errors: Mapping[int, float] | None = None) -> list[str]:
@@ -231,16 +286,30 @@ def _settings(
         flops = forward_flops_per_token(teacher, context) + 3 * _mixer_flops(student, context)
     else:
         flops = 3 * forward_flops_per_token(student, context)
-        flops += forward_flops_per_token(teacher, context) if spec.kind == "distil" and teacher is not None else 0.0
+        flops += teaching_flops(recipe, student, teacher) if spec.kind == "distil" else 0.0
     rate = recipe.runtime
     return StageSettings(
         name=name, tokens=tokens, batch_tokens=spec.batch_tokens, micro_batch_sequences=spec.micro_batch_sequences, optimizer=spec.optimizer,
         learning_rate=spec.learning_rate, mixer_learning_rate=spec.mixer_learning_rate, weight_decay=spec.weight_decay,
         betas=tuple(spec.betas), schedule=spec.schedule, warmup_share=spec.warmup_share, decay_share=spec.decay_share,
         final_share=spec.final_share, clip_norm=spec.clip_norm, ema_decay=spec.ema_decay,
+        diagnoses=rate.diagnoses if spec.kind == "distil" else 0,
         checkpoint_every_tokens=rate.checkpoint_every_tokens, keep_checkpoints=rate.keep_checkpoints,
         mixer_names=mixer_names, flops_per_token=flops,
     )  # fmt: skip
+
+
+def teaching_flops(recipe: Recipe, student: Any, teacher: Any) -> float:
+    """Operations of the teacher for a token that the student learns; none when what it says was written down.
+
+    Several teachers are counted like the first.
+    """
+    words, context = recipe.teacher, recipe.data.context_tokens
+    if words is None or words.kind in ("store", "served", "closed"):
+        return 0.0
+    if words.itself is not None:
+        return forward_flops_per_token(student, context)
+    return len(words.several or [words]) * forward_flops_per_token(teacher, context)
 
 
 def _mixer_flops(student: Any, context: int) -> float:
@@ -260,57 +329,10 @@ def freeze(student: Any, plan: StagePlan) -> None:
             parameter.requires_grad_(getattr(plan.spec, "train", "all") == "all" or name in names)
 
 
-def build_lesson(plan: StagePlan, student: Any, teacher: Any, *, power: Mapping[int, float]) -> Any:
-    """The lesson of a phase."""
-    spec = plan.spec
-    if spec.kind == "align":
-        assert teacher is not None
-        assert plan.layers is not None
-        mixers = student.mixers()
-        modules = {site.layer_index: site.module for site in find_attention(teacher) if site.layer_index in plan.layers}
-        return AlignLesson(
-            student, teacher, student_mixers=mixers, teacher_mixers=modules,
-            operators={layer: mixers[layer].operator for layer in plan.layers},
-            power=power, layers=plan.layers, inputs=spec.inputs,
-        )  # fmt: skip
-    if spec.kind == "distil":
-        return LogitLesson(student, teacher, kl=spec.kl, ce=spec.ce, temperature=spec.temperature)
-    return LogitLesson(student, None, kl=0.0, ce=1.0)
-
-
 def calibration_batches(data: Mixture, *, tokens: int, device: torch.device, rows: int = 8) -> list[Batch]:
     """The first training windows, in batches of a few rows: what calibration looks at."""
     count = max(1, tokens // (rows * data.context_tokens))
     return [data.batch(i * rows, rows).to(device) for i in range(count)]
-
-
-def as_tune(stages: Sequence[Any], total_tokens: int, *, is_new: bool) -> Any:
-    """One plain training stage with the last stage's settings and all of the tokens: what a control without a teacher gets.
-
-    A new model (`is_new`) learns at the highest rate of any stage, mixers' included, since nothing in it needs care; a
-    trained one at the last stage's own.
-    """
-    last = stages[-1]
-    rates = [rate for stage in stages for rate in (stage.learning_rate, stage.mixer_learning_rate) if rate is not None]
-    kept = {name: getattr(last, name) for name in Stage.model_fields if name not in ("kind", "name", "tokens")}
-    rate = {"learning_rate": max(rates) if is_new else last.learning_rate, "mixer_learning_rate": None}
-    return TuneStage(**kept | rate, kind="tune", name="tune", tokens=total_tokens)
-
-
-def arm_stages(recipe: Recipe) -> dict[str, list[Any]]:
-    """The arms of a run and the stages of each: the student first, then the controls asked for, all with equal tokens."""
-    stages, total = list(recipe.stages), recipe.total_tokens
-    arms = {"student": stages}
-    if recipe.teacher is None:
-        return arms
-    logit_stages = [stage for stage in stages if stage.kind != "align"]
-    if recipe.controls.from_scratch:
-        arms["from_scratch"] = [as_tune(stages, total, is_new=True)]
-    if recipe.controls.copied and 0 < len(logit_stages) < len(stages):
-        arms["copied"] = stretch(logit_stages, total)
-    if recipe.controls.teacher_more:
-        arms["teacher_more"] = [as_tune(stages, total, is_new=False)]
-    return arms
 
 
 def hyena_options(recipe: Recipe, teacher: Any) -> dict[str, Any]:
@@ -318,15 +340,3 @@ def hyena_options(recipe: Recipe, teacher: Any) -> dict[str, Any]:
     options = recipe.student.hyena.model_dump()
     options["inner_width"] = options.pop("expand") * math.prod(head_shape(find_attention(teacher)[0]))
     return options
-
-
-def stretch(stages: Sequence[Any], total_tokens: int) -> list[Any]:
-    """The same stages with their tokens scaled up to a total, the last one taking what rounding leaves."""
-    own = sum(stage.steps * stage.batch_tokens for stage in stages)
-    longer = [
-        stage.model_copy(update={"tokens": max(1, round(stage.steps * total_tokens / own)) * stage.batch_tokens})
-        for stage in stages
-    ]
-    rest = total_tokens - sum(stage.tokens for stage in longer[:-1])
-    longer[-1] = longer[-1].model_copy(update={"tokens": max(longer[-1].batch_tokens, rest)})
-    return longer

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from limbeck.cli_store import capture, store_app
 from limbeck.console import Commands, quiet_stdout, say, show, show_facts
 
 app = typer.Typer(
@@ -21,6 +22,8 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn a transformer into a small, fast model, and prove what was gained. Begin with: limbeck demo",
 )
+app.command()(capture)
+app.add_typer(store_app, name="store")
 
 
 def _budget(text: str) -> float:

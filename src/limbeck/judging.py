@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import platform
+from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import limbeck
-from limbeck import assembly
+from limbeck import arms, assembly, teaching
 from limbeck.core.errors import DataError
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import seed_everything
@@ -26,10 +28,12 @@ from limbeck.evaluate.facts import (
     RunFacts,
     Sample,
     StageFacts,
+    TeacherWorth,
     TextFacts,
     Versus,
 )
 from limbeck.evaluate.quality import (
+    PairedDifference,
     TextScore,
     compare_models,
     paired_difference,
@@ -38,17 +42,21 @@ from limbeck.evaluate.quality import (
     zeroed_mixers,
 )
 from limbeck.evaluate.report import write_report
+from limbeck.evaluate.worth import teacher_worth
 from limbeck.models.generation import continue_text
 from limbeck.recipe_io import dump_recipe
 
 if TYPE_CHECKING:
     from limbeck.pipeline import ArmResult, Run
 
-_SAMPLED = ("teacher", "student", "from_scratch")
+_SAMPLED = ("teacher", "student", "from_scratch", "without_teacher")
 
 
-def report(work: Run, results: dict[str, ArmResult]) -> dict[str, Any]:
-    """Judge the teacher and every arm, write the report and the student's folder. Returns report.json's content."""
+def report(work: Run, results: dict[str, ArmResult], differences: Sequence[PairedDifference] = ()) -> dict[str, Any]:
+    """Judge the teacher and every arm, write the report and the student's folder. Returns report.json's content.
+
+    differences: of the compared control and the student under further seeds (see `replica_difference`).
+    """
     save_student(work, results["student"].model)
     texts = evaluation_texts(work)
     models: dict[str, Any] = {} if work.teacher is None else {"teacher": work.teacher.model}
@@ -60,16 +68,55 @@ def report(work: Run, results: dict[str, ArmResult]) -> dict[str, Any]:
         if name in results:
             add_books(facts[name], results[name], work)
     for name in facts:
-        if name != "student":
+        if name != "student" and tokenizer_of(work, name) is work.tokenizer:
             facts[name].versus_student = Versus.from_difference(paired_difference(scores[name], scores["student"]))
+    if tokenizer_of(work, "teacher") is not work.tokenizer:
+        restate_per_token(facts["teacher"], scores["student"])
     found = ReportFacts(
         run=run_facts(work, results), teacher=facts.get("teacher"), student=facts["student"],
-        controls=Controls(**{name: facts.get(name) for name in Controls.model_fields}),
+        controls=Controls(**{name: facts.get(name) for name in Controls.model_fields}), worth=worth(work, scores, differences),
         floor=measure_floor(work, results["student"].model, texts, scores), layers=layer_facts(work, results["student"].model),
         speed=measure_speeds(work, results["student"].model), protocol=scores["student"].protocol,
+        teaching=work.teaching.facts(),
     )  # fmt: skip
     write_report(work.folder, found)
     return read_json(work.folder / "report.json")
+
+
+def tokenizer_of(work: Run, name: str) -> Any:
+    """The tokenizer a model reads with: the run's, but the teacher's own where that is another one."""
+    is_other = name == "teacher" and work.teacher is not None and work.teaching.is_cross_tokenizer
+    return work.teacher.tokenizer if is_other else work.tokenizer
+
+
+def restate_per_token(teacher: ModelFacts, student: TextScore) -> None:
+    """Put the perplexity of a teacher with other tokens in the student's: the same bits per byte, a token of theirs.
+
+    Perplexities per token of different tokenizers cannot be compared; bits per byte can, and this is their exponent.
+    """
+    if teacher.bits_per_byte is not None and student.tokens:
+        teacher.perplexity = math.exp(teacher.bits_per_byte * math.log(2) * student.bytes / student.tokens)
+
+
+def replica_difference(work: Run, results: dict[str, ArmResult]) -> PairedDifference:
+    """Control minus student under another seed, on the same text."""
+    texts = evaluation_texts(work)
+    pooled = {
+        name: pool_scores(list(score_texts(work, name, result.model, texts).values()))
+        for name, result in results.items()
+    }
+    control = arms.compared_control(work.recipe)
+    assert control is not None
+    return paired_difference(pooled[control], pooled["student"])
+
+
+def worth(work: Run, scores: dict[str, TextScore], differences: Sequence[PairedDifference]) -> TeacherWorth | None:
+    """The student's lead over the control without a teacher, with its interval."""
+    control = arms.compared_control(work.recipe)
+    if control not in scores:
+        return None
+    everyone = [paired_difference(scores[control], scores["student"]), *differences]
+    return teacher_worth(control, [one.nats for one in everyone], [one.standard_error or 0.0 for one in everyone])
 
 
 def save_student(work: Run, student: Any) -> None:
@@ -102,14 +149,22 @@ def judge_model(work: Run, name: str, model: Any, texts: dict[str, list[str]]) -
     pooled = pool_scores(list(scores.values()))
     facts.take_score(pooled)
     facts.texts = [TextFacts.from_score(text, score) for text, score in scores.items()]
-    if work.teacher is not None and name != "teacher":
+    if work.teacher is not None and name != "teacher" and not work.teaching.is_cross_tokenizer:
         documents = [document for found in texts.values() for document in found]
         facts.take_comparison(
-            compare_models(work.teacher.model, model, work.tokenizer, documents, **protocol(work, parts=4))
+            compare_models(
+                work.teacher.model,
+                model,
+                work.tokenizer,
+                documents,
+                **protocol(work, parts=4),
+                vocabulary_size=teaching.shared_vocabulary(work, model, [work.teacher]),
+            )
         )
     if name in _SAMPLED:
         facts.samples = [
-            Sample(prompt=prompt, text=sample(work, model, prompt)) for prompt in work.recipe.evaluation.prompts
+            Sample(prompt=prompt, text=sample(work, model, tokenizer_of(work, name), prompt))
+            for prompt in work.recipe.evaluation.prompts
         ]
     return facts, pooled
 
@@ -124,7 +179,7 @@ def score_texts(work: Run, name: str, model: Any, texts: dict[str, list[str]]) -
             for text, score in kept.items()
         }
     scores = {
-        text: score_text(model, work.tokenizer, documents, **protocol(work, parts=len(texts)))
+        text: score_text(model, tokenizer_of(work, name), documents, **protocol(work, parts=len(texts)))
         for text, documents in texts.items()
     }
     write_json(file, {text: asdict(score) for text, score in scores.items()})
@@ -140,12 +195,10 @@ def protocol(work: Run, *, parts: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def sample(work: Run, model: Any, prompt: str) -> str:
+def sample(work: Run, model: Any, tokenizer: Any, prompt: str) -> str:
     """A greedy continuation: the same prompt, side by side."""
     seed_everything(work.recipe.seed)
-    return continue_text(
-        model, work.tokenizer, prompt, max_new_tokens=work.recipe.evaluation.sample_tokens, temperature=0.0
-    )
+    return continue_text(model, tokenizer, prompt, max_new_tokens=work.recipe.evaluation.sample_tokens, temperature=0.0)
 
 
 def add_books(facts: ModelFacts, result: ArmResult, work: Run) -> None:
@@ -168,7 +221,7 @@ def measure_floor(
     """The teacher with the mixers zeroed that the student replaces."""
     if work.teacher is None or not work.recipe.controls.floor:
         return None
-    replaced = list(student.mixers())
+    replaced = list(getattr(student, "mixers", dict)())
     if not replaced:
         return None
     with zeroed_mixers(work.teacher.model, layers=replaced):
@@ -204,7 +257,7 @@ def layer_facts(work: Run, student: Any) -> list[LayerFacts]:
     after = dict(known.get("aligned", []))
     failed = set(known.get("failed", []))
     found = []
-    for layer, mixer in enumerate(student.config.mixers):
+    for layer, mixer in enumerate(getattr(student.config, "mixers", [])):
         first, fitted = before.get(layer, (None, None))
         note = (
             "fits no better than zero" + (": attention kept" if mixer == "attention" else "") if layer in failed else ""
@@ -225,10 +278,10 @@ def run_facts(work: Run, results: dict[str, ArmResult]) -> RunFacts:
     environment = machine_facts(work.device)
     write_json(work.folder / "environment.json", environment | {"notes": work.notes})
     return RunFacts(
-        name=work.recipe.name, date=datetime.now(UTC).isoformat(timespec="seconds"), seeds=[work.recipe.seed],
+        name=work.recipe.name, date=datetime.now(UTC).isoformat(timespec="seconds"), seeds=arms.seeds(work.recipe),
         limbeck_version=limbeck.__version__, torch_version=str(torch.__version__), transformers_version=transformers.__version__,
         machine=environment, recipe=dump_recipe(work.recipe),
-        teacher_source=None if work.recipe.teacher is None else work.recipe.teacher.source,
+        teacher_source=work.teaching.name,
         wall_seconds={name: round(result.seconds, 1) for name, result in results.items()},
     )  # fmt: skip
 

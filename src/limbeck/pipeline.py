@@ -11,14 +11,14 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from limbeck import assembly, judging, students
+from limbeck import arms, assembly, capturing, judging, students, teaching
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import (
     StopRequest,
@@ -53,6 +53,7 @@ class Run:
     log: MetricsLog
     progress: Progress
     stop: StopRequest
+    teaching: Any = None
     notes: list[str] = field(default_factory=list)
 
     def say(self, text: str) -> None:
@@ -99,7 +100,8 @@ def run(
             results: dict[str, ArmResult] = {}
             for arm in arms_of(work, results):
                 results[arm.name] = train_arm(work, arm)
-            facts = judging.report(work, results) if is_main() else {}
+            differences = [judging.replica_difference(again, train_replica(again)) for again in replicas(work)]
+            facts = judging.report(work, results, differences) if is_main() else {}
             wait_for_all()
             return facts
     finally:
@@ -107,29 +109,23 @@ def run(
 
 
 def open_run(recipe: Recipe, folder: Path, device: torch.device, stop: StopRequest, *, show_progress: bool) -> Run:
-    """Load teacher, tokenizer and text."""
+    """Load teacher, tokenizer and text; whatever a served teacher has to say is fetched first."""
     teacher = assembly.open_teacher(recipe, device)
     tokenizer = assembly.open_tokenizer(recipe, teacher, folder)
+    progress = choose_progress(show_progress and is_main())
+    captured = capturing.fetch(recipe, tokenizer, folder, progress, stop)
     enough = int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
-    data = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.train, max_tokens=enough)
+    sources = recipe.data.train if captured is None else [captured]
+    data = assembly.open_data(recipe, tokenizer, folder / "data", sources=sources, max_tokens=enough)
     few = students.HELDOUT_WINDOWS * recipe.data.context_tokens
     heldout = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.heldout, max_tokens=few)
     log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
-    return Run(
-        recipe,
-        folder,
-        device,
-        teacher,
-        tokenizer,
-        data,
-        heldout,
-        log,
-        choose_progress(show_progress and is_main()),
-        stop,
-    )
+    work = Run(recipe, folder, device, teacher, tokenizer, data, heldout, log, progress, stop)
+    work.teaching = teaching.open_teaching(work)
+    return work
 
 
-def arms_of(work: Run, results: dict[str, ArmResult]) -> list[Arm]:
+def arms_of(work: Run, results: dict[str, ArmResult]) -> Iterator[Arm]:
     """The student first, then the controls that the recipe asks for. Each spends the student's tokens.
 
     Controls are built after the student is trained, so that they have its final layout (`results` is read then).
@@ -137,20 +133,40 @@ def arms_of(work: Run, results: dict[str, ArmResult]) -> list[Arm]:
     recipe = work.recipe
 
     def layout() -> list[str]:
-        return list(results["student"].model.config.mixers)
-
-    def student() -> Any:
-        if work.teacher is None:
-            return assembly.scratch_model(recipe, work.tokenizer, seed=derive_seed(recipe.seed, "student"))
-        return students.initial_student(work)
+        return list(getattr(results["student"].model.config, "mixers", []))
 
     starts: dict[str, Callable[[], Any]] = {
-        "student": student,
+        "student": lambda: students.initial_student(work),
         "from_scratch": lambda: students.random_student(work, layout()),
+        "without_teacher": lambda: students.student_with_layout(work, layout()),
         "copied": lambda: students.student_with_layout(work, layout()),
         "teacher_more": lambda: students.copy_of_teacher(work),
     }
-    return [Arm(name, starts[name], stages) for name, stages in assembly.arm_stages(recipe).items()]
+    for name, stages in arms.arm_stages(recipe).items():
+        yield Arm(name, starts[name], stages)
+    control = arms.compared_control(recipe)
+    if recipe.controls.equal_flops and control is not None:
+        stages = arms.equal_flops_stages(recipe, results["student"].model, teacher_model(work))
+        yield Arm(arms.EQUAL_FLOPS, starts[control], stages)
+
+
+def replicas(work: Run) -> Iterator[Run]:
+    """The run once more for each further seed, in folders of their own: another start, another order of the text."""
+    for number, seed in enumerate(arms.seeds(work.recipe)[1:], start=1):
+        recipe = work.recipe.model_copy(update={"seed": seed})
+        folder = work.folder / "seeds" / str(number)
+        log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
+        data = work.data.reseeded(derive_seed(seed, "data"))
+        yield replace(work, recipe=recipe, folder=folder, data=data, log=log)
+
+
+def train_replica(work: Run) -> dict[str, ArmResult]:
+    """The student and the control it is compared with, for one more seed."""
+    results: dict[str, ArmResult] = {}
+    for arm in arms_of(work, results):
+        if arm.name in ("student", arms.compared_control(work.recipe)):
+            results[arm.name] = train_arm(work, arm)
+    return results
 
 
 def train_arm(work: Run, arm: Arm) -> ArmResult:
@@ -205,11 +221,14 @@ def train_plan(
     if plan.spec.dropout is not None:
         set_dropout(model, plan.spec.dropout)
     power = students.target_power(work, plan.layers) if plan.layers is not None else {}
-    lesson = assembly.build_lesson(plan, model, teacher_model(work), power=power)
-    return train_stage(
+    lesson = teaching.build_lesson(work, plan, model, power=power)
+    result = train_stage(
         lesson, work.data, plan.settings, folder=folder / plan.settings.name / "checkpoints", log=work.log, arm=arm.name,
         seed=work.recipe.seed, device=work.device, first_sample=first_sample, progress=work.progress, stop=work.stop,
     )  # fmt: skip
+    for warning in result.warnings:
+        work.say(f"{arm.name}, {plan.settings.name}: {warning}")
+    return result
 
 
 def teacher_model(work: Run) -> Any:

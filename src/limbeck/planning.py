@@ -6,8 +6,9 @@ and parameters are counted; memory and time are estimates, and say so.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +16,11 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from limbeck import assembly, doctor
-from limbeck.core.errors import LimbeckError, RecipeError
+from limbeck import arms, assembly, doctor, teaching_costs
+from limbeck.core.errors import RecipeError, TeacherError
 from limbeck.core.runtime import pick_device, set_threads
 from limbeck.models.config import HybridConfig
 from limbeck.models.costs import (
-    DTYPE_BYTES,
     EFFICIENCY,
     FLOAT_BYTES,
     RUNTIME_BYTES,
@@ -35,15 +35,9 @@ from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.hybrid import HyenaMixer
 from limbeck.models.surgery import find_attention
 from limbeck.models.teacher_errors import explain_loading
+from limbeck.preflight import PlanError as PlanError
+from limbeck.preflight import load_tokenizer, preflight
 from limbeck.recipe import Recipe
-
-
-class PlanError(LimbeckError):
-    """The recipe cannot be carried out on this machine. `facts`: the plan as far as it was made."""
-
-    def __init__(self, message: str, facts: dict[str, Any] | None = None) -> None:
-        super().__init__(message)
-        self.facts = facts or {}
 
 
 @dataclass(frozen=True)
@@ -63,29 +57,37 @@ class Machine:
 def plan(recipe: Recipe, *, machine: Machine | None = None) -> dict[str, Any]:
     """The costs of a recipe as plain facts; `machine` stands in for this one in tests.
 
-    Raises: PlanError when memory or disk cannot suffice, with the facts in it; TeacherError when the teacher's
-    configuration cannot be read; RecipeError when the recipe does not fit the teacher.
+    Raises: PlanError when memory or disk cannot suffice, or teacher and student do not understand each other, with the
+    facts in it; TeacherError when a configuration cannot be read; RecipeError when the recipe does not fit the teacher.
     """
     machine = machine or measure_machine(recipe)
     teacher, student = build_models(recipe)
-    phases = list(plan_phases(recipe, student, teacher))
-    memory = estimate_memory(recipe, student, teacher, phases)
+    teachers = [model for model in (teacher, *build_members(recipe)) if model is not None]
+    found = preflight(recipe, student=student, teachers=teachers)
+    phases = list(plan_phases(recipe, student, teachers))
+    memory = estimate_memory(recipe, student, teachers, phases, device=machine.device)
+    store = teaching_costs.written_store(recipe, teachers=teachers)
+    written = {name: store[name] for name in ("store_bytes", "answers_bytes")} if store and store["in_this_run"] else {}
     disk = disk_bytes(
         phases, parameters=parameter_count(student), keep_checkpoints=recipe.runtime.keep_checkpoints,
-        token_files=round(1.1 * recipe.total_tokens) * len(recipe.data.train) * FLOAT_BYTES,
+        token_files=round(1.1 * recipe.total_tokens) * len(recipe.data.train) * FLOAT_BYTES, further=written,
     )  # fmt: skip
     facts: dict[str, Any] = {
         "name": recipe.name,
         "recipe": recipe.model_dump(mode="json"),
         "teacher": describe(teacher, recipe) if teacher is not None else None,
         "student": describe(student, recipe),
+        **found.facts,
         "training": training_rows(phases, machine),
         "memory": memory | {"available_bytes": machine.memory_bytes},
         "disk": disk | {"free_bytes": machine.free_disk_bytes},
     }  # fmt: skip
-    facts["time"] = estimate_time(recipe, student, teacher, phases, machine)
-    facts["warnings"] = warnings_of(recipe, student, teacher, machine)
-    refuse_impossible(facts)
+    facts |= {"store": store} if store is not None else {}
+    facts |= {"asking": asked} if (asked := teaching_costs.asking(recipe)) else {}
+    facts["time"] = estimate_time(recipe, student, teachers, phases, machine)
+    elsewhere = teaching_costs.teacher_bytes(recipe, student=student, teachers=teachers, device=machine.device)[1]
+    facts["warnings"] = [*warnings_of(recipe, student, teacher, machine), *found.warnings, *filter(None, [elsewhere])]
+    refuse_impossible(facts, found.problems)
     return facts
 
 
@@ -113,15 +115,31 @@ def measure_matmul(device: torch.device, *, seconds: float = 0.3) -> float:
 
 
 def build_models(recipe: Recipe) -> tuple[Any | None, Any]:
-    """Teacher (None when there is none) and student on the meta device, from configurations alone."""
-    if recipe.teacher is None:
-        return None, _build_meta(_scratch_config(recipe))
-    config = teacher_config(recipe.teacher.source, revision=recipe.teacher.revision)
-    teacher = _build_meta(config)
+    """Teacher (None when it is no model that can be loaded here) and student on the meta device, from configurations."""
+    words, student = recipe.teacher, recipe.student
+    start = None if words is None else words.start
+    teacher = None if words is None or start is None else _build_meta(teacher_config(start, revision=words.revision))
+    if student.source is not None:
+        return teacher, _build_meta(teacher_config(student.source))
+    if student.architecture is not None or teacher is None:
+        return teacher, _build_meta(_scratch_config(recipe, teacher))
+    if student.shrink is not None:
+        from limbeck.models.shrink import shrunk_config
+
+        shrink = student.shrink
+        return teacher, _build_meta(
+            shrunk_config(teacher.config, layers=shrink.layers, intermediate=shrink.intermediate)
+        )
     sites = find_attention(teacher)
     hyena = assembly.hyena_options(recipe, teacher)
-    hybrid = HybridConfig(backbone=config, mixers=assembly.mixer_list(recipe, len(sites)), hyena=hyena)
+    hybrid = HybridConfig(backbone=teacher.config, mixers=assembly.mixer_list(recipe, len(sites)), hyena=hyena)
     return teacher, _build_meta(hybrid)
+
+
+def build_members(recipe: Recipe) -> list[Any]:
+    """All but the first of several teachers, on the meta device."""
+    several = None if recipe.teacher is None else recipe.teacher.several
+    return [_build_meta(teacher_config(one.source, revision=one.revision)) for one in (several or ())[1:]]
 
 
 def _build_meta(config: PreTrainedConfig) -> Any:
@@ -129,10 +147,17 @@ def _build_meta(config: PreTrainedConfig) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def _scratch_config(recipe: Recipe) -> PreTrainedConfig:
+def _scratch_config(recipe: Recipe, teacher: Any | None) -> PreTrainedConfig:
     words = dict(recipe.student.architecture or {})
     family = words.pop("model_type")
-    vocabulary = {"vocab_size": recipe.tokenizer.train_vocab_size} if recipe.tokenizer.train_vocab_size else {}
+    vocabulary = {}
+    if recipe.tokenizer.train_vocab_size:
+        vocabulary = {"vocab_size": recipe.tokenizer.train_vocab_size}
+    elif recipe.tokenizer.source is not None:
+        with contextlib.suppress(TeacherError):  # not to be had here: the family's own size stands for it
+            vocabulary = {"vocab_size": len(load_tokenizer(recipe.tokenizer.source))}
+    elif teacher is not None:
+        vocabulary = {"vocab_size": teacher.config.get_text_config().vocab_size}
     try:
         return AutoConfig.for_model(family, **vocabulary | words)
     except (ValueError, TypeError, KeyError) as error:
@@ -162,9 +187,16 @@ def teacher_config(source: str, *, revision: str | None = None) -> PreTrainedCon
         return AutoConfig.from_pretrained(name, revision=revision, **options)
 
 
-def plan_phases(recipe: Recipe, student: Any, teacher: Any | None) -> Iterator[Phase]:
-    """Every stretch of training of every arm, in the order of the run."""
-    for arm, stages in assembly.arm_stages(recipe).items():
+def plan_phases(recipe: Recipe, student: Any, teachers: Sequence[Any]) -> Iterator[Phase]:
+    """Every stretch of training of every arm, in the order of the run, further seeds at the end."""
+    teacher = teachers[0] if teachers else None
+    everything = arms.arm_stages(recipe)
+    control = arms.compared_control(recipe)
+    if recipe.controls.equal_flops and control is not None:
+        everything[arms.EQUAL_FLOPS] = arms.equal_flops_stages(recipe, student, teacher)
+    for number in range(1, len(arms.seeds(recipe))):
+        everything |= {f"{arm}{_AGAIN}{number}": everything[arm] for arm in ("student", str(control))}
+    for arm, stages in everything.items():
         model: Any = teacher if arm == "teacher_more" else student
         for phase in assembly.stage_plans(recipe, stages, model, teacher):
             settings = phase.settings
@@ -172,14 +204,23 @@ def plan_phases(recipe: Recipe, student: Any, teacher: Any | None) -> Iterator[P
             steps = max(1, settings.tokens // settings.batch_tokens)
             tokens = steps * settings.batch_tokens
             windows = settings.batch_tokens // recipe.data.context_tokens
+            head = model.get_output_embeddings()
             yield Phase(
                 arm=arm, stage=phase.spec.name, kind=phase.spec.kind, tokens=tokens, steps=steps,
                 flops=tokens * settings.flops_per_token,
                 trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 optimizer=settings.optimizer, keeps_average=settings.ema_decay is not None,
                 trains_through=phase.spec.kind != "align" or phase.spec.inputs == "student",
+                trains_head=head is None or head.weight.requires_grad,
                 micro_batch_tokens=min(windows, settings.micro_batch_sequences or windows) * recipe.data.context_tokens,
+                target_bytes_per_token=teaching_costs.target_bytes_per_token(
+                    recipe, phase.spec, student=student, teachers=teachers
+                ),
             )  # fmt: skip
+
+
+# How the arms of further seeds are called; they are trained after the others, one pair at a time.
+_AGAIN = ", seed "
 
 
 def training_rows(phases: list[Phase], machine: Machine) -> list[dict[str, Any]]:
@@ -223,22 +264,29 @@ def parameter_parts(model: Any) -> dict[str, int]:
     return counts
 
 
-def estimate_memory(recipe: Recipe, student: Any, teacher: Any | None, phases: list[Phase]) -> dict[str, Any]:
+def estimate_memory(
+    recipe: Recipe, student: Any, teachers: Sequence[Any], phases: list[Phase], *, device: str
+) -> dict[str, Any]:
     """Bytes at the fullest moment of the run, by what they hold. Weights of all arms stay in memory to the end."""
-    arms = {phase.arm for phase in phases}
-    weights = parameter_count(student) * FLOAT_BYTES * len(arms - {"teacher_more"})
-    if teacher is not None:
-        dtype = recipe.teacher.dtype if recipe.teacher is not None else "float32"
-        weights += parameter_count(teacher) * (DTYPE_BYTES[dtype] + FLOAT_BYTES * ("teacher_more" in arms))
+    names = {phase.arm for phase in phases}
+    arms = {name for name in names if _AGAIN not in name}
+    students = len(arms - {"teacher_more"}) + 2 * (names != arms)
+    teacher = teachers[0] if teachers else None
+    weights = parameter_count(student) * FLOAT_BYTES * students
+    weights += parameter_count(teacher) * FLOAT_BYTES if "teacher_more" in arms else 0
+    held, _ = teaching_costs.teacher_bytes(recipe, student=student, teachers=teachers, device=device)
     moments = {
         f"{phase.arm}, {phase.stage}": training_bytes(
             phase,
             activations_per_token=_activations_per_token(recipe, student, phase),
             vocabulary=student.config.vocab_size,
+            width=student.config.hidden_size,
+            device=device,
         )
         for phase in phases
     }
-    if teacher is not None and recipe.student.initialisation == "calibrated":
+    is_calibrated = recipe.student.initialisation == "calibrated" and getattr(student.config, "mixers", None)
+    if teacher is not None and is_calibrated:
         shape = teacher.config
         held = calibration_bytes(
             tokens=recipe.student.calibration_tokens, context_tokens=recipe.data.context_tokens,
@@ -246,8 +294,9 @@ def estimate_memory(recipe: Recipe, student: Any, teacher: Any | None, phases: l
         )  # fmt: skip
         moments["calibration"] = {"activations_bytes": held}
     fullest, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
-    total = weights + sum(parts.values()) + RUNTIME_BYTES
-    facts = {"weights_bytes": weights, **parts, "runtime_bytes": RUNTIME_BYTES, "total_bytes": total}
+    total = weights + held + sum(parts.values()) + RUNTIME_BYTES
+    facts = {"weights_bytes": weights, "teacher_bytes": held, **parts}
+    facts |= {"runtime_bytes": RUNTIME_BYTES, "total_bytes": total}
     return facts | {"fullest_at": fullest}
 
 
@@ -264,22 +313,27 @@ def _activations_per_token(recipe: Recipe, student: Any, phase: Phase) -> float:
 
 
 def estimate_time(
-    recipe: Recipe, student: Any, teacher: Any | None, phases: list[Phase], machine: Machine
+    recipe: Recipe, student: Any, teachers: Sequence[Any], phases: list[Phase], machine: Machine
 ) -> dict[str, Any]:
     """Seconds of training and of scoring text, from a measured matrix product and a stated efficiency."""
     context = recipe.evaluation.context_tokens or recipe.data.context_tokens
     overlap = context / (recipe.evaluation.stride_tokens or context)
-    models = len({phase.arm for phase in phases}) + 2 * (teacher is not None)
-    forward = max(forward_flops_per_token(model, context) for model in (student, teacher) if model is not None)
+    models = len({phase.arm for phase in phases}) + 2 * bool(teachers)
+    forward = max(forward_flops_per_token(model, context) for model in (student, *teachers[:1]))
     training = machine.seconds(sum(phase.flops for phase in phases))
     scoring = machine.seconds(recipe.evaluation.max_tokens * overlap * models * forward)
+    apart = "calibration, speed measurements and downloads"
+    if any(getattr(stage, "on_policy", None) is not None for stage in recipe.stages):
+        apart += ", and what the student writes in training (a token at a time: often the longest part)"
+    if recipe.teacher is not None and recipe.teacher.kind in ("served", "closed"):
+        apart += ", and the endpoint's answers"
     return {
         "matmul_flops_per_second": machine.matmul_flops_per_second,
         "assumed_efficiency": EFFICIENCY.get(machine.device),
         "training_seconds": training,
         "scoring_seconds": scoring,
         "total_seconds": training + scoring,
-        "note": "an estimate for one process; calibration, speed measurements and downloads come on top",
+        "note": f"an estimate for one process; {apart} come on top",
     }
 
 
@@ -297,13 +351,17 @@ def warnings_of(recipe: Recipe, student: Any, teacher: Any | None, machine: Mach
         found.append(f"data.context_tokens ({recipe.data.context_tokens}) exceeds the teacher's {limit} positions.")
     if recipe.teacher is not None and recipe.teacher.dtype != "float32" and machine.device == "cpu":
         found.append(f"teacher.dtype {recipe.teacher.dtype} is slow on most processors; float32 is not.")
-    if teacher is not None and not any(wanted for _, wanted in recipe.controls):
+    controls = recipe.controls
+    any_wanted = controls.from_scratch or controls.copied or controls.teacher_more or controls.floor
+    if recipe.teacher is not None and not any_wanted and not arms.has_without_teacher(recipe):
         found.append("all controls are off: the report cannot say whether the teacher was worth it.")
     return found
 
 
-def refuse_impossible(facts: dict[str, Any]) -> None:
-    """Raise PlanError when memory or disk cannot suffice."""
+def refuse_impossible(facts: dict[str, Any], misfits: Sequence[str] = ()) -> None:
+    """Raise PlanError when teacher and student do not fit (`misfits`), or memory or disk cannot suffice."""
+    if misfits:
+        raise PlanError("\n".join(misfits), facts)
     memory, disk = facts["memory"], facts["disk"]
     problems = []
     needed, available = memory["total_bytes"], memory["available_bytes"]

@@ -8,15 +8,17 @@ descriptions become the JSON schema and the reference page.
 from __future__ import annotations
 
 from collections import Counter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
+from limbeck.recipe_agreement import scratch_problems, teacher_problems
 from limbeck.recipe_stages import AnyStage
+from limbeck.recipe_student import Student
+from limbeck.recipe_teachers import Capture, Teacher
 from limbeck.recipe_values import (
     Count,
     Device,
-    KeepAttention,
     NonEmpty,
     Part,
     Problems,
@@ -26,21 +28,6 @@ from limbeck.recipe_values import (
     bare_source,
     refuse_problems,
 )
-
-
-class Teacher(Part):
-    """The model whose knowledge is transferred."""
-
-    source: NonEmpty = Field(
-        description="A hub id, a model folder, a .gguf file, or `embedded` (the one in the package)."
-    )
-    revision: str | None = Field(
-        default=None, description="Branch, tag or commit of a hub model; null takes the default branch."
-    )
-    dtype: Literal["float32", "bfloat16", "float16"] = Field(
-        default="float32",
-        description="Number format of the teacher's weights; float32 is the fast one on most processors.",
-    )
 
 
 class Tokenizer(Part):
@@ -56,60 +43,6 @@ class Tokenizer(Part):
         if self.source is not None and self.train_vocab_size is not None:
             raise RecipeProblems({"train_vocab_size": "give either source or train_vocab_size, not both"})
         return self
-
-
-class Hyena(Part):
-    """The operator that takes the place of attention (Poli et al. 2023, arXiv:2302.10866)."""
-
-    order: Annotated[int, Field(ge=2, le=8), Whole] = Field(
-        default=2,
-        description="Number of gates N; there are N-1 long convolutions. 2 is the order the papers use for language.",
-    )
-    expand: Annotated[int, Field(ge=1, le=16), Whole] = Field(
-        default=1, description="Inner channels, as a multiple of the attention's heads times head width."
-    )
-    short_conv: Annotated[int, Field(ge=1, le=128), Whole] = Field(
-        default=3, description="Taps of the short causal convolution on every projection (arXiv:2302.10866 uses 3)."
-    )
-    filter: Literal["implicit", "explicit", "modal"] = Field(
-        default="modal",
-        description="How the long filter is written: implicit (a sine network over positions, arXiv:2302.10866), "
-        "explicit (one number a tap), modal (a sum of damped oscillations, which decodes in constant memory).",
-    )
-    filter_options: dict[str, Any] = Field(
-        default_factory=dict, description="Options of the chosen filter, passed to its class as they are."
-    )
-
-
-class Student(Part):
-    """The model that is made."""
-
-    keep_attention: KeepAttention = Field(
-        default=0,
-        description="Layers that keep attention: a number of layers, a share between 0 and 1, or a list of layer "
-        "indices from 0. A quarter is the usual hybrid; 0 gives up exact recall.",
-    )
-    keep_rule: Literal["even", "first", "last", "measured"] = Field(
-        default="even",
-        description="Which layers keep attention when a number or share is given: evenly spaced, the first, the last, "
-        "or those whose fitted mixer leaves the largest held-out error.",
-    )
-    hyena: Hyena = Field(default=Hyena(), description="Options of the operator in every other layer.")
-    initialisation: Literal["calibrated", "copied", "random"] = Field(
-        default="calibrated",
-        description="Start of the new mixers: projections scaled and filters fitted to the teacher's attention on real "
-        "text, projections copied as they are, or random.",
-    )
-    calibration_tokens: Count = Field(default=16_384, description="Tokens of text that the calibrated start looks at.")
-    failed_layers: Literal["keep", "swap"] = Field(
-        default="keep",
-        description="A layer that fits no better than an output of zero after alignment (held-out normalised MSE of 1 "
-        "or more) keeps its attention, or is swapped all the same; the report says which.",
-    )
-    architecture: dict[str, Any] | None = Field(
-        default=None,
-        description="Without a teacher: the student's own configuration for transformers (model_type and its keys).",
-    )
 
 
 class Source(Part):
@@ -169,6 +102,17 @@ class Controls(Part):
     floor: bool = Field(
         default=True, description="The teacher with its attention set to zero: what the mixers are worth at all."
     )
+    without_teacher: bool | None = Field(
+        default=None,
+        description="The student's own start, trained on the text alone for as many tokens; null: when it does not start from the teacher's weights.",
+    )
+    equal_flops: bool = Field(
+        default=False,
+        description="The control without the teacher once more, with as many operations as the student and its teacher spent.",
+    )
+    seeds: Annotated[int, Field(ge=1, le=100), Whole] = Field(
+        default=1, description="How often the student and its control are trained, for an interval over seeds."
+    )
 
 
 class Speed(Part):
@@ -214,6 +158,10 @@ class Runtime(Part):
         default=None, description="Tokens between checkpoints; null takes a tenth of the stage."
     )
     keep_checkpoints: Count = Field(default=2, description="Checkpoints kept for each stage while it runs.")
+    diagnoses: Annotated[int, Field(ge=0, le=1000), Whole] = Field(
+        default=10,
+        description="How often in a distil stage the terms of the loss are weighed against each other (a pass for each).",
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations twice and store them once: less memory."
     )
@@ -231,11 +179,12 @@ class Recipe(Part):
     stages: list[AnyStage] = Field(min_length=1, max_length=32, description="The stages of training, in order.")
     controls: Controls = Field(default=Controls(), description="The comparisons that run beside the student.")
     evaluation: Evaluation = Field(default=Evaluation(), description="How all of them are judged.")
+    capture: Capture = Field(default=Capture(), description="What a target store keeps of the teacher.")
     runtime: Runtime = Field(default=Runtime(), description="Device, folder, checkpoints.")
 
     @model_validator(mode="after")
     def _parts_agree(self) -> Recipe:
-        problems = _teacher_problems(self) if self.teacher is not None else _scratch_problems(self)
+        problems = teacher_problems(self) if self.teacher is not None else scratch_problems(self)
         refuse_problems(problems | _stage_problems(self) | _evaluation_problems(self))
         return self
 
@@ -265,44 +214,6 @@ def with_budget(recipe: Recipe, factor: float) -> Recipe:
     if runtime.run_folder is None:
         runtime = runtime.model_copy(update={"run_folder": f"{recipe.run_folder}-{factor:g}x"})
     return recipe.model_copy(update={"stages": stages, "runtime": runtime})
-
-
-def _teacher_problems(recipe: Recipe) -> Problems:
-    problems: Problems = {}
-    if recipe.student.architecture is not None:
-        problems["student.architecture"] = (
-            "a student of a teacher has the teacher's architecture. Remove it, or set teacher: null"
-        )
-    if recipe.tokenizer.train_vocab_size is not None:
-        problems["tokenizer.train_vocab_size"] = "the student of a teacher uses the teacher's tokens. Remove it"
-    return problems
-
-
-def _scratch_problems(recipe: Recipe) -> Problems:
-    problems: Problems = {}
-    student, architecture = recipe.student, recipe.student.architecture
-    if architecture is None:
-        problems["teacher"] = "no teacher and no student.architecture: there is nothing to build. Give one of them"
-    elif not isinstance(architecture.get("model_type"), str):
-        problems["student.architecture"] = "model_type is missing: the name transformers gives it, such as gpt_neox"
-    if recipe.tokenizer.source is None and recipe.tokenizer.train_vocab_size is None:
-        problems["tokenizer"] = "without a teacher, give tokenizer.source or tokenizer.train_vocab_size"
-    if student.initialisation != "random":
-        problems["student.initialisation"] = (
-            f"{student.initialisation} needs a teacher's weights. Without one write random"
-        )
-    for name in ("keep_attention", "keep_rule", "hyena", "failed_layers"):
-        if getattr(student, name) != Student.model_fields[name].default:
-            problems[f"student.{name}"] = (
-                "without a teacher no attention is replaced: say it all in student.architecture"
-            )
-    for index, stage in enumerate(recipe.stages):
-        if stage.kind != "tune":
-            problems[f"stages.{index}.kind"] = f"{stage.kind} needs a teacher. Use tune, or give a teacher"
-    off = ", ".join(f"{name}: false" for name, wanted in recipe.controls if wanted)
-    if off:
-        problems["controls"] = f"without a teacher there is nothing to compare with. Write controls: {{{off}}}"
-    return problems
 
 
 def _stage_problems(recipe: Recipe) -> Problems:

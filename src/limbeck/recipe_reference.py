@@ -25,14 +25,22 @@ def render() -> str:
 
 _ORDER = (
     "Teacher",
+    "Served",
+    "Closed",
+    "Member",
+    "Itself",
     "Tokenizer",
     "Student",
     "Hyena",
+    "Shrink",
     "Data",
     "Source",
     "HeldoutSource",
     "AlignStage",
     "DistilStage",
+    "Objective",
+    "Ramp",
+    "OnPolicy",
     "TuneStage",
 )
 

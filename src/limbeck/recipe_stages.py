@@ -6,6 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
+from limbeck.recipe_objectives import Objective, OnPolicy, objective_problems
 from limbeck.recipe_values import Count, Decay, Part, Problems, Rate, RecipeProblems, SafeName, Share, refuse_problems
 
 
@@ -86,23 +87,44 @@ class DistilStage(Stage):
 
     kind: Literal["distil"] = Field(description="Match the teacher's next-token distribution.")
     kl: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="Weight of KL(teacher || student), nats a token."
+        default=1.0, description="Weight of KL(teacher || student), nats a token; short for an objective forward_kl."
     )
     ce: Annotated[float, Field(ge=0)] = Field(
-        default=0.0, description="Weight of the cross entropy with the text, nats a token."
+        default=0.0, description="Weight of the cross entropy with the text, nats a token; short for cross_entropy."
     )
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(
-        default=1.0, description="Both distributions are softened by it; 1 is usual for language models."
+        default=1.0, description="Both distributions are softened by it for kl; 1 is usual for language models."
     )
+    objectives: list[Objective] | None = Field(
+        default=None, min_length=1, description="Any list of terms, in place of kl, ce and temperature."
+    )
+    on_policy: OnPolicy | None = Field(default=None, description="Learn on the student's own writing too; null: never.")
     train: Literal["all", "mixers"] = Field(
         default="all", description="Which parameters train: all, or only the new mixers."
     )
 
     @model_validator(mode="after")
     def _has_an_objective(self) -> DistilStage:
-        if self.kl == 0 and self.ce == 0:
+        if self.objectives is None and self.kl == 0 and self.ce == 0:
             raise RecipeProblems({"kl": "kl and ce are both 0: there is nothing to learn from"})
+        if self.objectives is not None:
+            problems = objective_problems(self.objectives)
+            for name in ("kl", "ce", "temperature"):
+                if name in self.model_fields_set and getattr(self, name) != DistilStage.model_fields[name].default:
+                    problems[name] = "objectives are listed too: write it as one of them, or remove the list"
+            refuse_problems(problems)
         return self
+
+    def terms(self) -> list[Objective]:
+        """The terms of the loss, whichever way they were written."""
+        if self.objectives is not None:
+            return self.objectives
+        short = []
+        if self.kl:
+            short.append(Objective(objective="forward_kl", weight=self.kl, temperature=self.temperature))
+        if self.ce:
+            short.append(Objective(objective="cross_entropy", weight=self.ce))
+        return short
 
 
 class TuneStage(Stage):

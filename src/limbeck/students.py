@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -26,12 +27,22 @@ _ROWS = 8
 
 
 def initial_student(work: Run) -> Any:
-    """The student before any training: the teacher with mixers in place of attention, initialised as the recipe says.
+    """The student before any training, as `student` in the recipe says.
 
-    Made once; a continued run and the `copied` control read the same weights back.
+    By default the teacher with mixers in place of attention; or a trained model of any family (`source`), a new one
+    (`architecture`), or a smaller copy of the teacher (`shrink`). What took work is made once; a continued run and the
+    controls read the same weights back.
     """
+    words = work.recipe.student
+    if words.source is not None:
+        return _trained_student(work, words.source)
+    if words.architecture is not None:
+        seed = derive_seed(work.recipe.seed, "student")
+        return assembly.scratch_model(work.recipe, work.tokenizer, seed=seed).to(work.device)
     folder = work.folder / "arms" / "student" / "initial"
     saved = newest_checkpoint(folder)
+    if words.shrink is not None:
+        return _shrunk_student(work, folder, saved)
     if saved is not None:
         student: Any = _blank(work, saved.facts["mixers"])
         load_weights(student, saved.tensors["model"])
@@ -44,6 +55,39 @@ def initial_student(work: Run) -> Any:
     _note_layers(work, facts)
     wait_for_all()
     return student
+
+
+def _trained_student(work: Run, source: str) -> Any:
+    from limbeck.models.teacher import load_teacher
+
+    return load_teacher(source, device=work.device).model.requires_grad_(True)
+
+
+def _shrunk_student(work: Run, folder: Path, saved: Checkpoint | None) -> Any:
+    """A smaller copy of the teacher; which parts were kept is in the checkpoint, so that it is chosen once."""
+    from limbeck.models.shrink import ShrinkPlan, plan_shrinking, shrink_model
+
+    shrink = work.recipe.student.shrink
+    assert shrink is not None
+    if saved is not None:
+        student = shrink_model(work.teacher.model, ShrinkPlan.from_json(saved.facts["plan"]))
+        load_weights(student, saved.tensors["model"])
+        return student.to(work.device)
+    tokens = work.recipe.student.calibration_tokens
+    work.say(f"measuring on {tokens:,} tokens which parts of the teacher matter least")
+    batches = assembly.calibration_batches(work.data, tokens=tokens, device=work.device)
+    plan = plan_shrinking(
+        work.teacher.model,
+        batches,
+        layers=shrink.layers,
+        intermediate=shrink.intermediate,
+        layer_rule=shrink.layer_rule,
+    )
+    student = shrink_model(work.teacher.model, plan)
+    if is_main():
+        save_checkpoint(folder, Checkpoint(0, {"model": dict(weights_of(student))}, {"plan": plan.to_json()}), keep=1)
+    wait_for_all()
+    return student.to(work.device)
 
 
 def _note_layers(work: Run, facts: dict[str, Any]) -> None:
@@ -101,7 +145,7 @@ def random_student(work: Run, mixers: Sequence[str]) -> Any:
     from transformers import AutoModelForCausalLM
 
     seed_everything(derive_seed(work.recipe.seed, "from_scratch"))
-    config = _blank(work, mixers).config
+    config = _blank(work, mixers).config if mixers else initial_student(work).config
     seed_everything(derive_seed(work.recipe.seed, "from_scratch"))
     return AutoModelForCausalLM.from_config(copy.deepcopy(config)).to(work.device)
 
@@ -109,7 +153,7 @@ def random_student(work: Run, mixers: Sequence[str]) -> Any:
 def student_with_layout(work: Run, mixers: Sequence[str], like: Any = None) -> Any:
     """A student with these mixers; layers that `like` (or the saved start) has too take their weights from it."""
     source = like if like is not None else initial_student(work)
-    if list(source.config.mixers) == list(mixers):
+    if list(getattr(source.config, "mixers", [])) == list(mixers):
         return source
     student = _blank(work, mixers)
     own = dict(weights_of(student))
@@ -129,7 +173,7 @@ def heldout_batches(work: Run) -> list[Any]:
 
 def layer_errors(work: Run, student: Any) -> dict[int, float]:
     """Held-out normalised MSE of every replaced layer, each fed the teacher's inputs."""
-    mixers = student.mixers()
+    mixers: dict[int, Any] = getattr(student, "mixers", dict)()
     if not mixers:
         return {}
     batches = heldout_batches(work)

@@ -56,7 +56,7 @@ def test_without_the_control_nothing_is_claimed():
     facts = sample_facts()
     facts.controls = Controls()
     found = verdict(facts)
-    assert "No from-scratch control" in found.headline
+    assert "No control without the teacher" in found.headline
     assert "worth it" not in found.headline
     assert found.teacher_needed.answer == "not measured"
     assert found.teacher_needed.statements == []

@@ -7,6 +7,7 @@ from transformers import DynamicCache, StaticCache
 
 from limbeck.models.cache import HyenaCacheLayer, prepare_cache
 from limbeck.models.hybrid import build_student
+from limbeck.nn.blockwise import LONG_PROMPT
 from limbeck.nn.hyena import HyenaOperator
 
 OPTIONS = {"modal": {}, "explicit": {"filter_length": 5}, "implicit": {}}
@@ -166,3 +167,19 @@ def test_a_cache_made_without_config_is_filled_and_a_foreign_one_refused():
     foreign = DynamicCache(config=student.config.backbone)
     with pytest.raises(ValueError, match="layer 1 is a Hyena layer"):
         student(token_ids(1, 3), past_key_values=foreign)
+
+
+@pytest.mark.parametrize("mixers", [["hyena", "hyena"], ["attention", "hyena"]], ids="+".join)
+def test_a_long_prompt_gives_the_logits_of_training_and_a_cache_that_continues(mixers):
+    """The last tokens one by one, after a prompt long enough for the route by blocks."""
+    student = build_student(tiny_teacher("gpt_neox"), mixers=mixers, hyena={}).double().eval()
+    ids_BT = token_ids(1, LONG_PROMPT + 4)
+    expected = student(ids_BT, use_cache=False).logits.detach()
+    with torch.no_grad():
+        torch.testing.assert_close(student(ids_BT, use_cache=False).logits, expected)
+        out = student(ids_BT[:, :LONG_PROMPT], use_cache=True)
+        found = [out.logits]
+        for ids_B1 in ids_BT[:, LONG_PROMPT:].split(1, dim=1):
+            out = student(ids_B1, past_key_values=out.past_key_values, use_cache=True)
+            found.append(out.logits)
+    torch.testing.assert_close(torch.cat(found, dim=1), expected)

@@ -7,7 +7,7 @@ from torch.testing import assert_close
 from limbeck.nn import online
 from limbeck.nn.fftconv import causal_convolution
 from limbeck.nn.filters import ExplicitFilter, ImplicitFilter, LongFilter, ModalFilter
-from limbeck.nn.online import BLOCK, ModalRecurrence, OnlineConvolution, init_memory
+from limbeck.nn.online import BLOCK, STATE_BLOCK, ModalRecurrence, OnlineConvolution, init_memory
 from limbeck.nn.taps import KnownTaps
 
 CHANNELS, ROWS, LENGTH = 3, 2, 5 * BLOCK + 11
@@ -212,3 +212,16 @@ def test_the_horizon_is_a_power_of_two_within_the_support():
             assert horizon >= BLOCK
             assert horizon <= max(BLOCK, total, 2)
             assert support is None or horizon < max(2 * BLOCK, 2 * support)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("length", [1, STATE_BLOCK - 1, STATE_BLOCK, 3 * STATE_BLOCK, 3 * STATE_BLOCK + 1])
+def test_the_state_after_a_chunk_is_that_of_the_recurrence_also_after_the_weights_change(length):
+    long_filter, u = ModalFilter(CHANNELS, modes=3).double().eval(), torch.randn(ROWS, CHANNELS, length).double()
+    for _ in range(2):
+        memory, slow = begin(long_filter), begin(long_filter)
+        memory.extend(u, long_filter)
+        for u_BC in u.unbind(-1):
+            slow.step(u_BC, long_filter)
+        assert_close(memory.state_BNC, slow.state_BNC)
+        long_filter.angle_CN.add_(0.1)

@@ -9,9 +9,9 @@ from torch import nn
 
 from limbeck.core.errors import TrainingError
 from limbeck.core.runtime import StopRequest
-from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
 from limbeck.data.windows import TokenWindows
+from limbeck.train.lesson import Lesson
 from limbeck.train.metrics import MetricsLog
 from limbeck.train.trainer import StageSettings, load_weights, train_stage, weights_of
 
@@ -28,14 +28,7 @@ class Model(nn.Module):
         return self.head(self.drop(self.embed(ids)))
 
 
-class NextToken(nn.Module):
-    def __init__(self, student):
-        super().__init__()
-        self.student = student
-
-    def count(self, batch: Batch) -> int:
-        return batch.target_count
-
+class NextToken(Lesson):
     def forward(self, batch):
         logits = self.student(batch.input_ids_BT)[:, :-1].flatten(0, 1)
         return nn.functional.cross_entropy(logits, batch.input_ids_BT[:, 1:].flatten(), reduction="sum"), {}

@@ -30,6 +30,14 @@ class CheckpointError(LimbeckError):
     """A checkpoint or run folder is damaged, or belongs to another recipe."""
 
 
+class StoreError(LimbeckError):
+    """A target store is damaged, incomplete, of another teacher or tokenizer, or of a newer schema."""
+
+
+class VocabularyError(LimbeckError):
+    """Teacher and student do not speak of the same tokens, and what was asked for needs that they do."""
+
+
 class TrainingError(LimbeckError):
     """Training cannot go on: a loss that is not a number, for instance."""
 

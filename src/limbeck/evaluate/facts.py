@@ -162,6 +162,24 @@ class Controls(Facts):
     from_scratch: ModelFacts | None = Field(default=None, description="The student's shape, trained without a teacher")
     copied: ModelFacts | None = Field(default=None, description="Teacher's weights copied, no align stage")
     teacher_more: ModelFacts | None = Field(default=None, description="The teacher, trained on the student's tokens")
+    without_teacher: ModelFacts | None = Field(
+        default=None, description="The student's own start, trained on the text alone for as many tokens"
+    )
+    equal_flops: ModelFacts | None = Field(
+        default=None, description="The control without a teacher, with as many operations as student and teacher took"
+    )
+
+
+class TeacherWorth(Facts):
+    """The student against the control without a teacher, over all seeds, with a 95 % interval."""
+
+    control: str = Field(description="Which control")
+    nats: Measured = Field(description="Control minus student, nats per token; above 0: the teacher helped")
+    low: Measured
+    high: Measured
+    seeds: int
+    method: str = Field(description="What the interval is over")
+    answer: Literal["yes", "no", "unclear"]
 
 
 class FloorFacts(Facts):
@@ -253,6 +271,8 @@ class ReportFacts(Facts):
     teacher: ModelFacts | None = Field(default=None, description="Null when a model was trained without a teacher")
     student: ModelFacts
     controls: Controls = Field(default_factory=Controls)
+    worth: TeacherWorth | None = Field(default=None, description="Null when there is no control to compare with")
+    teaching: dict[str, Any] = Field(default_factory=dict, description="Which kind of teacher, its store, usage, cost")
     floor: FloorFacts | None = None
     layers: list[LayerFacts] = Field(default_factory=list)
     speed: SpeedFacts | None = Field(default=None, description="Null when switched off")
@@ -266,6 +286,8 @@ class ReportFacts(Facts):
             "student": self.student,
             "copied": self.controls.copied,
             "from_scratch": self.controls.from_scratch,
+            "without_teacher": self.controls.without_teacher,
+            "equal_flops": self.controls.equal_flops,
             "teacher_more": self.controls.teacher_more,
         }
         return {name: model for name, model in named.items() if model is not None}

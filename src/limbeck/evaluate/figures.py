@@ -21,7 +21,7 @@ from limbeck.evaluate.facts import ReportFacts, SpeedMeasurement, SpeedRow
 from limbeck.evaluate.wording import count, duration, memory
 
 INK, QUIET, RULE = "#010203", "#010204", "#040506"
-SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05")
+SERIES = ("#0a0b01", "#0a0b02", "#0a0b03", "#0a0b04", "#0a0b05", "#0a0b06", "#0a0b07")
 STYLE: dict[str, Any] = {
     "svg.fonttype": "none",
     "text.parse_math": False,
@@ -55,6 +55,8 @@ MODEL_LABELS = {
     "student": "student",
     "copied": "copied, no align",
     "from_scratch": "from scratch",
+    "without_teacher": "without teacher",
+    "equal_flops": "without teacher, equal FLOPs",
     "teacher_more": "teacher, more tokens",
 }
 MODEL_COLOURS = dict(zip(MODEL_LABELS, SERIES, strict=True))
@@ -140,11 +142,11 @@ def quality_against_speed(facts: ReportFacts) -> list[str]:
     if row is None or row.teacher is None:
         return []
     seconds = {"teacher": row.teacher.decode_seconds_per_token, "student": row.student.decode_seconds_per_token}
-    shape = {"copied": "student", "from_scratch": "student", "teacher_more": "teacher"}
+    teachers = ("teacher", "teacher_more")
     points = {
         name: (1 / decode, model.perplexity)
         for name, model in facts.models().items()
-        if (decode := seconds[shape.get(name, name)]) and model.perplexity is not None
+        if (decode := seconds["teacher" if name in teachers else "student"]) and model.perplexity is not None
     }
     return [_svg(partial(_draw_tradeoff, points=points, context=row.context), name="tradeoff", height=2.6)]
 

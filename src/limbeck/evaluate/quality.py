@@ -135,10 +135,12 @@ def compare_models(
     max_tokens: int | None = None,
     batch_sequences: int = 8,
     device: str | torch.device = "cpu",
+    vocabulary_size: int | None = None,
 ) -> ModelComparison:
     """Compare two models' next-token distributions on the tokens that `score_text` would score.
 
-    KL(teacher || student) is exact over the whole vocabulary and zero on equals.
+    KL(teacher || student) is exact over the whole vocabulary and zero on equals. vocabulary_size: rows of the logits that
+    stand for the same tokens in both, where embeddings are padded differently; None takes all.
 
     Raises: DataError as `score_text`; TeacherError when the vocabularies differ; NonFiniteLogits.
     """
@@ -154,7 +156,9 @@ def compare_models(
         device=torch.device(device),
     )
     kl, agreement = torch.zeros(2, len(plan.windows), dtype=torch.float64)
-    for window_N, _, (teacher_NV, student_NV) in scored_logits(models, plan, temporaries=8):
+    for window_N, _, (teacher_NV, student_NV) in scored_logits(
+        models, plan, temporaries=8, vocabulary_size=vocabulary_size
+    ):
         same_N = teacher_NV.argmax(-1) == student_NV.argmax(-1)
         teacher_NV, student_NV = teacher_NV.log_softmax(-1), student_NV.log_softmax(-1)
         kl_N = (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)

@@ -16,7 +16,7 @@ from markupsafe import Markup
 from limbeck.core.files import write_atomic, write_json
 from limbeck.evaluate import figures, tables
 from limbeck.evaluate.facts import ReportFacts
-from limbeck.evaluate.verdict import gap_closed, perplexity_ratio, verdict
+from limbeck.evaluate.verdict import compared, gap_closed, perplexity_ratio, verdict
 from limbeck.evaluate.wording import MISSING, percent, ratio
 
 MARKDOWN_SPECIAL = re.compile(r"([\\`*_\[\]<>|~])")
@@ -83,18 +83,21 @@ def key_figures(facts: ReportFacts) -> list[KeyFigure]:
     """The few figures to read first; those that were not measured are left out."""
     candidates = [
         KeyFigure(ratio(perplexity_ratio(facts.student, facts.teacher)), "the teacher's perplexity"),
-        KeyFigure(
-            ratio(perplexity_ratio(facts.student, facts.controls.from_scratch)), "the perplexity reached from scratch"
-        ),
+        KeyFigure(ratio(perplexity_ratio(facts.student, compared(facts))), _compared_words(facts)),
         KeyFigure(percent(gap_closed(facts)), "of what attention is worth here is kept"),
     ]
-    compared = [row for row in facts.speed.rows if row.decode_speedup is not None] if facts.speed else []
-    if compared:
-        row = compared[-1]
+    measured = [row for row in facts.speed.rows if row.decode_speedup is not None] if facts.speed else []
+    if measured:
+        row = measured[-1]
         candidates.append(
             KeyFigure(ratio(row.decode_speedup), f"the teacher's decoding speed at {row.context:,} tokens of context")
         )
     return [figure for figure in candidates if figure.value != MISSING]
+
+
+def _compared_words(facts: ReportFacts) -> str:
+    without = facts.controls.without_teacher is not None
+    return "the perplexity reached from the same start alone" if without else "the perplexity reached from scratch"
 
 
 def _content(facts: ReportFacts) -> dict[str, Any]:
@@ -106,6 +109,7 @@ def _content(facts: ReportFacts) -> dict[str, Any]:
         "key_figures": key_figures(facts),
         "quality": tables.quality_table(facts),
         "budget": tables.budget_table(facts),
+        "teaching": tables.teaching_table(facts),
         "texts": tables.texts_table(facts),
         "stages": tables.stages_table(facts),
         "layers": tables.layers_table(facts),

@@ -136,24 +136,26 @@ def _check_vocabulary(models: Sequence[nn.Module], documents: Sequence[ScoredDoc
 
 @torch.no_grad()
 def scored_logits(
-    models: dict[str, nn.Module], plan: ScoringPlan, *, temporaries: int
+    models: dict[str, nn.Module], plan: ScoringPlan, *, temporaries: int, vocabulary_size: int | None = None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
     """Yield (window number [N], target [N], [logits [N, V] of each model]) in pieces small enough that `temporaries`
-    tensors of a piece's size stay within `TEMPORARY_BYTES`."""
+    tensors of a piece's size stay within `TEMPORARY_BYTES`. vocabulary_size: rows of the logits to use; None: all."""
     was_training = {name: model.training for name, model in models.items()}
     for model in models.values():
         model.eval()
     try:
         order = sorted(range(len(plan.windows)), key=lambda number: -plan.windows[number].length)
         for start in range(0, len(order), plan.batch_sequences):
-            yield from _batch_logits(models, plan, order[start : start + plan.batch_sequences], temporaries)
+            yield from _batch_logits(
+                models, plan, order[start : start + plan.batch_sequences], temporaries, vocabulary_size
+            )
     finally:
         for name, model in models.items():
             model.train(was_training[name])
 
 
 def _batch_logits(
-    models: dict[str, nn.Module], plan: ScoringPlan, numbers: list[int], temporaries: int
+    models: dict[str, nn.Module], plan: ScoringPlan, numbers: list[int], temporaries: int, vocabulary_size: int | None
 ) -> Iterator[tuple[torch.Tensor, torch.Tensor, list[torch.Tensor]]]:
     windows = [plan.windows[number] for number in numbers]
     longest = max(window.length for window in windows)
@@ -170,7 +172,8 @@ def _batch_logits(
         ]
     padded = {} if bool(mask_BT.all()) else {"attention_mask": mask_BT.to(plan.device)}
     logits = [
-        model(input_ids=input_ids_BT.to(plan.device), use_cache=False, **padded).logits for model in models.values()
+        model(input_ids=input_ids_BT.to(plan.device), use_cache=False, **padded).logits[..., :vocabulary_size]
+        for model in models.values()
     ]
     sizes = {name: output.shape[-1] for name, output in zip(models, logits, strict=True)}
     if len(set(sizes.values())) > 1:

@@ -15,6 +15,8 @@ MODEL_NAMES = {
     "student": "Student",
     "copied": "Control: copied, no align",
     "from_scratch": "Control: from scratch",
+    "without_teacher": "Control: same start, no teacher",
+    "equal_flops": "Control: no teacher, equal FLOPs",
     "teacher_more": "Control: teacher, more tokens",
 }
 
@@ -84,6 +86,29 @@ def budget_table(facts: ReportFacts) -> Table:
     ]
     notes = ["Tokens and FLOPs: training within this run; what the teacher itself once cost is not in it."]
     return Table(["", "Parameters", "Size", "Tokens trained on", "FLOPs"], rows, notes=notes)
+
+
+def teaching_table(facts: ReportFacts) -> Table | None:
+    """Who taught, how near its stored targets are to it, and what it cost; None when nothing is known of that."""
+    teaching = facts.teaching
+    if not teaching:
+        return None
+    rows = [["Teacher", str(teaching.get("name"))], ["Kind", str(teaching.get("kind"))]]
+    if teaching.get("other_tokenizer"):
+        rows.append(["Tokens", "other than the student's: compared by stretches of text and bits per byte"])
+    fidelity = teaching.get("fidelity") or {}
+    named = {"mean_kl_nats": "Store: mean KL to the teacher, nats", "p99_kl_nats": "Store: 99th percentile of it"}
+    named |= {"mean_mass_kept": "Store: probability kept", "bytes_per_token": "Store: bytes per token"}
+    rows += [[words, number(fidelity[key], 3)] for key, words in named.items() if key in fidelity]
+    usage = (teaching.get("store_teacher") or {}).get("usage") or {}
+    for when, words in (("now", "Tokens asked for"), ("before", "Tokens asked for, kept from before")):
+        spent = usage.get(when) or {}
+        if spent.get("answers"):
+            tokens = f"{count(spent['prompt_tokens'])} in, {count(spent['completion_tokens'])} out"
+            rows.append([words, f"{tokens}, {count(spent['answers'])} answers"])
+    if usage.get("cost") is not None:
+        rows.append(["Cost, in the currency of the prices", number(usage["cost"])])
+    return Table(["", ""], rows, text_columns=2)
 
 
 def texts_table(facts: ReportFacts) -> Table | None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from typing import Literal
 
-from limbeck.evaluate.facts import ModelFacts, ReportFacts, SpeedFacts, TeacherNeeded, Verdict
+from limbeck.evaluate.facts import ModelFacts, ReportFacts, SpeedFacts, TeacherNeeded, TeacherWorth, Verdict
 from limbeck.evaluate.wording import count, listing, memory, number, percent, ratio
 
 PERPLEXITY_TIE = 1.01
@@ -75,31 +75,39 @@ def gap_closed(facts: ReportFacts) -> float | None:
 
 
 def _headline(facts: ReportFacts) -> str:
-    student, teacher, scratch = facts.student, facts.teacher, facts.controls.from_scratch
+    student, teacher, scratch = facts.student, facts.teacher, compared(facts)
+    how = _how(facts)
     own = number(student.perplexity)
     if student.perplexity is None:
         return "The student's perplexity could not be measured, so nothing can be said about its quality."
-    if teacher is None:
+    if teacher is None and not facts.teaching:
         return f"Trained without a teacher: perplexity {own}, {number(student.bits_per_byte)} bits per byte."
-    of_teacher = f"the teacher's is {number(teacher.perplexity)}"
+    of_teacher = f"the teacher's is {number(teacher.perplexity)}" if teacher else "the teacher's own was not measured"
     against = standing(student, scratch)
     if scratch is not None and against == "worse":
         return (
-            f"The teacher was not worth it: trained from scratch {_budget(student, scratch)} the student reaches "
+            f"The teacher was not worth it: {how} {_budget(student, scratch)} the student reaches "
             f"perplexity {number(scratch.perplexity)}, distilled only {own} ({of_teacher})."
         )
     if scratch is not None and against == "level":
         return (
-            f"Distillation made no clear difference: perplexity {own} distilled, {number(scratch.perplexity)} trained "
-            f"from scratch {_budget(student, scratch)} ({of_teacher})."
+            f"Distillation made no clear difference: perplexity {own} distilled, {number(scratch.perplexity)} {how} "
+            f"{_budget(student, scratch)} ({of_teacher})."
         )
-    start = f"The student's perplexity is {own}, {_times(perplexity_ratio(student, teacher), teacher)}"
+    start = f"The student's perplexity is {own}"
+    start += f", {_times(perplexity_ratio(student, teacher), teacher)}" if teacher is not None else f" ({of_teacher})"
     if scratch is None or against == "unknown":
-        return f"{start}. No from-scratch control was measured, so whether the teacher was needed is not known."
-    return (
-        f"{start}; trained from scratch {_budget(student, scratch)} it is {number(scratch.perplexity)}: "
-        "the teacher was worth it."
-    )
+        return f"{start}. No control without the teacher was measured, so whether it was needed is not known."
+    return f"{start}; {how} {_budget(student, scratch)} it is {number(scratch.perplexity)}: the teacher was worth it."
+
+
+def compared(facts: ReportFacts) -> ModelFacts | None:
+    """The control that had no teacher: the student's own start if there is one, else the one from scratch."""
+    return facts.controls.without_teacher or facts.controls.from_scratch
+
+
+def _how(facts: ReportFacts) -> str:
+    return "trained from the same start without it" if facts.controls.without_teacher else "trained from scratch"
 
 
 def _times(quotient: float | None, teacher: ModelFacts) -> str:
@@ -214,6 +222,16 @@ def _teacher_needed(facts: ReportFacts) -> TeacherNeeded:
     statements = []
     if controls.from_scratch is not None:
         statements.append(_against(student, controls.from_scratch, "trained from scratch", "the teacher"))
+    if controls.without_teacher is not None:
+        statements.append(
+            _against(student, controls.without_teacher, "from the same start, on the text alone", "the teacher")
+        )
+    if controls.equal_flops is not None:
+        statements.append(
+            _against(student, controls.equal_flops, "without the teacher and with as many operations", "the teacher")
+        )
+    if facts.worth is not None:
+        statements.append(_interval(facts.worth))
     if controls.copied is not None:
         statements.append(
             _against(student, controls.copied, "with the teacher's weights copied and no align stage", "aligning")
@@ -226,12 +244,28 @@ def _teacher_needed(facts: ReportFacts) -> TeacherNeeded:
             f"teacher the student stands at {ratio(perplexity_ratio(student, controls.teacher_more))}."
         )
     return TeacherNeeded(
-        answer=ANSWERS[standing(student, controls.from_scratch)],
+        answer=_answer(facts),
         statements=statements,
         student_over_from_scratch=perplexity_ratio(student, controls.from_scratch),
         student_over_copied=perplexity_ratio(student, controls.copied),
         teacher_more_over_teacher=more,
         gap_closed=gap_closed(facts),
+    )
+
+
+def _answer(facts: ReportFacts) -> Literal["yes", "no", "unclear", "not measured"]:
+    """By the interval over seeds where there is one, else by the compared control's standing."""
+    if facts.worth is not None and facts.worth.seeds > 1:
+        return facts.worth.answer
+    return ANSWERS[standing(facts.student, compared(facts))]
+
+
+def _interval(worth: TeacherWorth) -> str:
+    seeds = "1 seed" if worth.seeds == 1 else f"{worth.seeds} seeds"
+    conclusion = {"yes": "the teacher was worth it", "no": "the teacher did harm", "unclear": "that may be chance"}
+    return (
+        f"Over {seeds} the student is {number(worth.nats, 3)} nats per token ahead of that control, with a 95 % interval "
+        f"from {number(worth.low, 3)} to {number(worth.high, 3)} ({worth.method}): {conclusion[worth.answer]}."
     )
 
 
@@ -261,8 +295,13 @@ def _warnings(facts: ReportFacts) -> list[str]:
 def _doubts_about_controls(facts: ReportFacts) -> list[str]:
     student, teacher, controls = facts.student, facts.teacher, facts.controls
     found = []
-    if standing(student, controls.from_scratch) == "worse":
-        found.append("The teacher was not worth it: the same student, trained from scratch, predicts better.")
+    if standing(student, compared(facts)) == "worse":
+        found.append(f"The teacher was not worth it: the same student, {_how(facts)}, predicts better.")
+    if standing(student, controls.equal_flops) == "worse":
+        found.append(
+            "With as many operations as student and teacher took, training on the text alone predicts better: the "
+            "teacher saves tokens, not compute."
+        )
     if standing(student, controls.copied) == "worse":
         found.append(
             "The align stage was not worth it: copying the teacher's weights and going on from there is better."
@@ -291,7 +330,7 @@ def _doubts_about_controls(facts: ReportFacts) -> list[str]:
 def _doubts_about_text(facts: ReportFacts) -> list[str]:
     found = []
     student = facts.student
-    if facts.teacher is not None and facts.floor is None:
+    if facts.teacher is not None and facts.floor is None and facts.layers:
         found.append("The floor was not measured: how much this text needs attention at all is not known.")
     elif facts.floor is not None and (floor := facts.floor.ratio_to_teacher) is not None and floor < TELLING_FLOOR:
         found.append(

@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.core.errors import TeacherError, unknown_name
 from limbeck.models.hybrid import register_model
+from limbeck.models.large import quantised_options
 from limbeck.models.teacher_errors import explain_loading, refuse_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -56,25 +57,28 @@ def load_teacher(
     revision: str | None = None,
     dtype: str = "float32",
     device: str | torch.device = "cpu",
+    quantise: str | None = None,
     trust_remote_code: bool = False,
 ) -> LoadedTeacher:
     """Load a causal language model and its tokenizer, in evaluation mode.
 
     source: a Hub id ("EleutherAI/pythia-70m"), a folder written by save_pretrained (a student of ours included), a
-    .gguf file (dequantised on loading), or "embedded". trust_remote_code: run code that the model's authors ship;
-    never set by a recipe alone.
+    .gguf file (dequantised on loading), or "embedded". quantise: "int8" or "int4" to hold the weights of linear layers in
+    so many bits, None to hold them in `dtype`; a quantised model can teach, but not start a student. trust_remote_code:
+    run code that the model's authors ship; never set by a recipe alone.
 
     Raises: TeacherError when it is missing, damaged, incomplete, no causal language model, or its tokenizer does not
-    fit. The message says what to do.
+    fit. EnvironmentFault when `quantise` needs a package that is missing. The message says what to do.
     """
     if dtype not in DTYPES:
         raise TeacherError("teacher.dtype: " + unknown_name("dtype", dtype, DTYPES))
     register_model()
     place = _locate(source)
-    model = _load_model(place, revision=revision, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
+    options = {} if quantise is None else _quantised_options(place, quantise, DTYPES[dtype], torch.device(device))
+    model = _load_model(place, options, revision=revision, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     tokenizer = _load_tokenizer(place, revision=revision, trust_remote_code=trust_remote_code)
     _check_vocabulary(model, tokenizer, source)
-    model = model.to(device).eval()
+    model = (model if quantise else model.to(device)).eval()
     return LoadedTeacher(model, tokenizer, source, fingerprint(model), place.kind)
 
 
@@ -112,13 +116,24 @@ def _locate(source: str, *, weights: bool = True) -> _Place:
     return _Place("hub", source, {})
 
 
-def _load_model(place: _Place, *, revision: str | None, dtype: torch.dtype, trust_remote_code: bool) -> Any:
+def _quantised_options(place: _Place, quantise: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    if place.kind == "gguf":
+        raise TeacherError(
+            f"{place.options['gguf_file']}: a GGUF file is dequantised on loading and cannot be quantised again. Leave "
+            "teacher.quantise out, or give the model's folder or Hub id."
+        )
+    return quantised_options(quantise, dtype=dtype, device=device)
+
+
+def _load_model(
+    place: _Place, options: dict[str, Any], *, revision: str | None, dtype: torch.dtype, trust_remote_code: bool
+) -> Any:
     shared = {"revision": revision or "main", "trust_remote_code": trust_remote_code, **place.options}
     with explain_loading(place.name, place.kind):
         config = AutoConfig.from_pretrained(place.name, **shared)
     _check_config(config, place)
     with explain_loading(place.name, place.kind), _quietly():
-        options = _gguf_options() if place.kind == "gguf" else {}
+        options = _gguf_options() if place.kind == "gguf" else options
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.name, config=config, dtype=dtype, output_loading_info=True, **shared, **options
         )
@@ -223,10 +238,15 @@ def fingerprint(model: Any) -> str:
     digest = hashlib.sha256(json.dumps(_stable(model.config.to_dict()), sort_keys=True, default=str).encode())
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        flat = tensor.detach().flatten()
+        flat = _plain(tensor.detach()).flatten()
         sample = flat[:: max(1, flat.numel() // _SAMPLES_PER_TENSOR)][:_SAMPLES_PER_TENSOR]
         digest.update(sample.to("cpu", torch.float32).numpy().tobytes())
     return digest.hexdigest()
+
+
+def _plain(tensor: torch.Tensor) -> torch.Tensor:
+    """A quantised tensor of torchao as an ordinary one; any other as it is."""
+    return tensor.dequantize() if type(tensor).__module__.startswith("torchao") else tensor
 
 
 def _stable(value: Any) -> Any:

@@ -15,15 +15,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from limbeck.core.errors import RecipeError, unknown_name
+from limbeck.nn import blockwise
 from limbeck.nn.fftconv import working_dtype
 from limbeck.nn.filters import FILTERS, LongFilter, mark_undecayed
 from limbeck.nn.online import ModalRecurrence, OnlineConvolution, init_memory
 from limbeck.nn.packing import document_buckets, repack_documents, unpack_documents
 
 Convolve = Callable[[int, Tensor], Tensor]
-
-# From this length on, and without gradients, a processor convolves a few channels at a time, which stay in its cache.
-LONG_CHUNK, CHANNEL_BLOCK = 2048, 16
 
 
 @dataclass
@@ -131,8 +129,13 @@ class HyenaOperator(nn.Module):
         `mask_BT`: True (or 1) at real tokens; masked ones contribute nothing, so padding on the left changes nothing.
         `document_ids_BT`: runs of equal ids are documents, each mixed as if it were alone. Gradients flow everywhere.
         """
+        if document_ids_BT is not None and bool((document_ids_BT[:, 1:] == document_ids_BT[:, :-1]).all()):
+            document_ids_BT = None
+        if document_ids_BT is None and blockwise.pays(hidden_BTD):
+            context_BKM = hidden_BTD.new_zeros(hidden_BTD.shape[0], self.short_conv - 1, self.short_bias.shape[0])
+            return self._mix_long_prompt(hidden_BTD, context_BKM, self._convolve_long, mask_BT)[0]
         streams_BMT = self._project(hidden_BTD, mask_BT)
-        if document_ids_BT is None or bool((document_ids_BT[:, 1:] == document_ids_BT[:, :-1]).all()):
+        if document_ids_BT is None:
             streams_BMT = self._convolve_short(F.pad(streams_BMT, (self.short_conv - 1, 0)))
             return self._finish(self._mix(streams_BMT, self._convolve_long, mask_BT))
         streams_BMT = self._convolve_short_within(streams_BMT, document_ids_BT)
@@ -161,19 +164,21 @@ class HyenaOperator(nn.Module):
         """
         if hidden_BTD.shape[1] == 1 and not torch.is_grad_enabled():
             return self._advance_token(hidden_BTD, state, mask_BT), state
-        streams_BMT = self._project(hidden_BTD, mask_BT)
-        streams_BMT = torch.cat((state.context_BKM.to(streams_BMT.dtype).transpose(1, 2), streams_BMT), dim=-1)
-        if self.short_conv > 1:
-            state.context_BKM = streams_BMT[..., 1 - self.short_conv :].detach().transpose(1, 2).contiguous()
-
         filters = self._long_filters()
 
         def convolve(index: int, u_BCT: Tensor) -> Tensor:
             y_BCT = state.memories[index].extend(u_BCT.to(working_dtype(u_BCT)), filters[index])
             return y_BCT.to(u_BCT.dtype)
 
-        mixed_BCT = self._mix(self._convolve_short(streams_BMT), convolve, mask_BT)
         state.length += hidden_BTD.shape[1]
+        if blockwise.pays(hidden_BTD):
+            out_BTD, state.context_BKM = self._mix_long_prompt(hidden_BTD, state.context_BKM, convolve, mask_BT)
+            return out_BTD, state
+        streams_BMT = self._project(hidden_BTD, mask_BT)
+        streams_BMT = torch.cat((state.context_BKM.to(streams_BMT.dtype).transpose(1, 2), streams_BMT), dim=-1)
+        if self.short_conv > 1:
+            state.context_BKM = streams_BMT[..., 1 - self.short_conv :].detach().transpose(1, 2).contiguous()
+        mixed_BCT = self._mix(self._convolve_short(streams_BMT), convolve, mask_BT)
         return self._finish(mixed_BCT), state
 
     def _advance_token(self, hidden_BTD: Tensor, state: HyenaState, mask_BT: Tensor | None) -> Tensor:
@@ -219,17 +224,7 @@ class HyenaOperator(nn.Module):
     def _convolve_short(self, streams_BMT: Tensor) -> Tensor:
         """The depthwise short convolution of projections which carry their own left context."""
         weight_MK, bias_M = self.short_weight.to(streams_BMT.dtype), self.short_bias.to(streams_BMT.dtype)
-        if torch.is_grad_enabled() or streams_BMT.shape[-1] < LONG_CHUNK or streams_BMT.device.type != "cpu":
-            return F.conv1d(streams_BMT, weight_MK.unsqueeze(1), bias_M, groups=weight_MK.shape[0])
-        length = streams_BMT.shape[-1] - self.short_conv + 1
-        mixed_BMT = streams_BMT.new_empty((*streams_BMT.shape[:2], length))
-        for low in range(0, streams_BMT.shape[1], CHANNEL_BLOCK):
-            block = slice(low, low + CHANNEL_BLOCK)
-            out_BMT, taps_MK1 = mixed_BMT[:, block], weight_MK[block].unsqueeze(-1)
-            torch.addcmul(bias_M[block].unsqueeze(-1), streams_BMT[:, block, :length], taps_MK1[:, 0], out=out_BMT)
-            for tap in range(1, self.short_conv):
-                out_BMT.addcmul_(streams_BMT[:, block, tap : tap + length], taps_MK1[:, tap])
-        return mixed_BMT
+        return F.conv1d(streams_BMT, weight_MK.unsqueeze(1), bias_M, groups=weight_MK.shape[0])
 
     def _convolve_short_within(self, streams_BMT: Tensor, document_ids_BT: Tensor) -> Tensor:
         """The same, one tap at a time, for taps which stay within the document."""
@@ -253,6 +248,23 @@ class HyenaOperator(nn.Module):
             skip = self.skip_bias[index].to(gated.dtype)
             value = torch.addcmul(convolve(index, gated), gated, skip.unsqueeze(-1) if gated.dim() == 3 else skip)
         return value * gates[0]
+
+    def _mix_long_prompt(
+        self, hidden_BTD: Tensor, context_BKM: Tensor, convolve: Convolve, mask_BT: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """From input to output without gradients, by blocks of tokens, and the context for the tokens to come."""
+        project, dtype = blockwise.projector(self.in_proj, hidden_BTD)
+        context_BMK = context_BKM.to(dtype).transpose(1, 2).contiguous()
+        *gates, value = blockwise.gated_streams(
+            project, context_BMK, self.short_weight.to(dtype), self.short_bias.to(dtype),
+            order=self.order, mask_BT=mask_BT, length=hidden_BTD.shape[1],
+        )  # fmt: skip
+        for index in range(self.order - 1):
+            gated = value.mul_(gates.pop()) if index else value
+            if mask_BT is not None:
+                gated.mul_(mask_BT.unsqueeze(1).to(dtype))
+            value = convolve(index, gated).addcmul_(gated, self.skip_bias[index].to(dtype).unsqueeze(-1))
+        return blockwise.project_gated(self.out_proj, value, gates[0]), context_BMK.transpose(1, 2).contiguous()
 
     def _convolve_long(self, index: int, u_BCT: Tensor) -> Tensor:
         return self._long_filters()[index].known_taps().convolve(u_BCT)

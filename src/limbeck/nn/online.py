@@ -19,6 +19,7 @@ from limbeck.nn.taps import KnownTaps
 
 BLOCK = 64
 SHORT_CHUNK = 16
+STATE_BLOCK = 128
 
 
 @dataclass
@@ -108,7 +109,7 @@ class OnlineConvolution:
         past_BCL = past_BCL[..., past_BCL.shape[-1] - known.reach(past_BCL.shape[-1] + 1) + 1 :]
         past, total = past_BCL.shape[-1], past_BCL.shape[-1] + u_BCT.shape[-1]
         horizon = _next_horizon(total, known.support)
-        all_BCL = torch.cat((past_BCL, u_BCT), dim=-1)
+        all_BCL = torch.cat((past_BCL, u_BCT), dim=-1) if past else u_BCT
         if total:
             outputs_BCX = convolution_window(all_BCL, known.head(total + horizon), start=past, stop=total + horizon)
         else:
@@ -160,16 +161,16 @@ class ModalRecurrence:
         """Take in a chunk [B, C, T] and return its outputs [B, C, T]."""
         assert isinstance(long_filter, ModalFilter)
         length = u_BCT.shape[-1]
-        rate_CN, angle_CN = long_filter.rates_CN(), long_filter.angles_CN()
+        known, rate_CN, angle_CN = long_filter.known_taps(), long_filter.rates_CN(), long_filter.angles_CN()
         past_BCN = self.state_BNC.transpose(1, 2)
         with without_autocast(u_BCT):
-            y_BCT = long_filter.known_taps().convolve(u_BCT)
+            y_BCT = known.convolve(u_BCT)
             if not self.is_fresh:
                 carried_BCN = long_filter.residues_CN() * long_filter.poles_CN() * past_BCN
                 y_BCT = y_BCT + modal_taps(rate_CN, angle_CN, carried_BCN, length=length)
             with torch.no_grad():
                 decay_CN = damped_waves(rate_CN, angle_CN, start=length, count=1)[..., 0]
-                state_BCN = decay_CN * past_BCN + _summed_state(u_BCT, rate_CN, angle_CN)
+                state_BCN = decay_CN * past_BCN + _summed_state(u_BCT, rate_CN, angle_CN, known)
         self.state_BNC, self.is_fresh = state_BCN.transpose(1, 2).contiguous(), False
         return y_BCT
 
@@ -184,13 +185,17 @@ class ModalRecurrence:
         return (self.state_BNC * residues_NC).sum(1).real
 
 
-def _summed_state(u_BCT: Tensor, rate_CN: Tensor, angle_CN: Tensor, *, block: int = 64) -> Tensor:
-    """sum_s lambda^(T-1-s) u_s: [B, C, N], by blocks, so that nothing larger than T N / 64 complex numbers is made."""
-    u_BCT = torch.nn.functional.pad(u_BCT, (-u_BCT.shape[-1] % block, 0))
-    u_BCRP = u_BCT.unflatten(-1, (-1, block))
-    fine_CNP = damped_waves(rate_CN, angle_CN, count=block).flip(-1)
-    coarse_CNR = damped_waves(rate_CN, angle_CN, step=block, count=u_BCRP.shape[-2]).flip(-1)
-    sums_BCRX = u_BCRP @ real_pairs(fine_CNP.transpose(-1, -2))
+def _summed_state(u_BCT: Tensor, rate_CN: Tensor, angle_CN: Tensor, known: KnownTaps) -> Tensor:
+    """sum_s lambda^(T-1-s) u_s: [B, C, N], by blocks: nothing larger than T N / 128 complex numbers is made."""
+    if u_BCT.shape[-1] % STATE_BLOCK:
+        u_BCT = torch.nn.functional.pad(u_BCT, (-u_BCT.shape[-1] % STATE_BLOCK, 0))
+    u_BCRP = u_BCT.unflatten(-1, (-1, STATE_BLOCK))
+
+    def within_block() -> Tensor:
+        return real_pairs(damped_waves(rate_CN, angle_CN, count=STATE_BLOCK).flip(-1).transpose(-1, -2))
+
+    coarse_CNR = damped_waves(rate_CN, angle_CN, step=STATE_BLOCK, count=u_BCRP.shape[-2]).flip(-1)
+    sums_BCRX = u_BCRP @ known.constant("within_block", within_block)
     sums_BCRN = torch.view_as_complex(sums_BCRX.unflatten(-1, (-1, 2)))
     return (sums_BCRN * coarse_CNR.transpose(-1, -2)).sum(-2)
 

@@ -5,7 +5,35 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from limbeck.core.types import DenseTargets, SparseTargets
 from limbeck.objectives.divergences import cross_entropy, forward_kl
+
+
+def scored_rows(values_BTX: Tensor, loss_mask_BT: Tensor) -> Tensor:
+    """What a model says at t-1 wherever the token at t is scored: hidden states or targets [B, T, ...] to [N, ...]."""
+    return values_BTX[:, :-1][loss_mask_BT[:, 1:]]
+
+
+def scored_ids(input_ids_BT: Tensor, loss_mask_BT: Tensor) -> Tensor:
+    """The scored tokens themselves, [N], in the order of `scored_rows`."""
+    return input_ids_BT[:, 1:][loss_mask_BT[:, 1:]]
+
+
+def scored_targets(
+    targets: DenseTargets | SparseTargets | None, loss_mask_BT: Tensor
+) -> DenseTargets | SparseTargets | None:
+    """A teacher's targets at the scored positions, flattened to rows as `chunked.logit_terms` takes them."""
+    if targets is None:
+        return None
+    if isinstance(targets, DenseTargets):
+        return DenseTargets(scored_rows(targets.hidden_BTD, loss_mask_BT), targets.head)
+    weights = targets.weights_BTK
+    return SparseTargets(
+        scored_rows(targets.ids_BTK, loss_mask_BT),
+        scored_rows(targets.log_probs_BTK, loss_mask_BT),
+        scored_rows(targets.tail_log_prob_BT, loss_mask_BT),
+        None if weights is None else scored_rows(weights, loss_mask_BT),
+    )
 
 
 def logit_loss(

@@ -1,54 +1,20 @@
-"""A lesson is what one stage teaches: a student, its targets, and the loss between them.
-
-A lesson is a module whose forward takes a batch and returns the *sum* of its loss over scored tokens, with each term's
-sum beside it; the trainer divides by the count over the whole global batch, so that micro-batches and processes add up
-to exactly one big batch. Teachers are held outside the module tree: they are never trained, saved or synchronised.
-"""
+"""Lessons in imitation of layers, and plain settings of a model in training."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from limbeck.core.types import Batch
 from limbeck.models.packing import forward_batch, without_head
 from limbeck.models.recording import recording
-from limbeck.objectives.combine import logit_loss, normalised_squared_error
-
-LossAndTerms = tuple[Tensor, dict[str, Tensor]]
-
-
-class LogitLesson(nn.Module):
-    """Learn from the teacher's distribution (`kl`), from the text (`ce`), or both. Without a teacher: plain training."""
-
-    def __init__(
-        self, student: nn.Module, teacher: nn.Module | None, *, kl: float, ce: float, temperature: float = 1.0
-    ):
-        super().__init__()
-        self.student = student
-        self._teacher = (teacher,)
-        self.kl, self.ce, self.temperature = kl, ce, temperature
-
-    def count(self, batch: Batch) -> int:
-        """Scored tokens in a batch."""
-        return batch.target_count
-
-    def forward(self, batch: Batch) -> LossAndTerms:
-        """Sum of the weighted loss over scored tokens, and the sums of its terms."""
-        teacher_logits_BTV = None
-        if self.kl and self._teacher[0] is not None:
-            with torch.no_grad():
-                teacher_logits_BTV = forward_batch(self._teacher[0], batch).logits
-        student_logits_BTV = forward_batch(self.student, batch).logits
-        return logit_loss(
-            student_logits_BTV, teacher_logits_BTV, batch.input_ids_BT, batch.loss_mask_BT,
-            kl=self.kl, ce=self.ce, temperature=self.temperature,
-        )  # fmt: skip
+from limbeck.objectives.combine import normalised_squared_error
+from limbeck.train.lesson import Lesson, LossAndTerms
 
 
-class AlignLesson(nn.Module):
+class AlignLesson(Lesson):
     """Each replaced mixer learns to give what the teacher's attention gave: normalised squared error, layer by layer.
 
     inputs `teacher`: each mixer is fed the input that the teacher's attention had; layers are independent and one
@@ -70,8 +36,7 @@ class AlignLesson(nn.Module):
         layers: Sequence[int],
         inputs: str,
     ):
-        super().__init__()
-        self.student = student
+        super().__init__(student)
         self._teacher = (teacher,)
         self._student_mixers, self._teacher_mixers, self._operators = (
             dict(student_mixers),

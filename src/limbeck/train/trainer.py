@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,25 +23,16 @@ from limbeck.core.runtime import StopRequest, derive_seed, is_main, rank, seed_e
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from limbeck.train.diagnostics import warnings_of
+from limbeck.train.lesson import Lesson
 from limbeck.train.metrics import MetricsLog, Progress, SilentProgress
 from limbeck.train.optim import OptimizerSet, Schedule, build_optimizer, learning_rate_scale
 
 
-class Lesson(Protocol):
-    """See `stages`: a module that turns a batch into a summed loss and the sums of its terms."""
-
-    student: nn.Module
-
-    def count(self, batch: Batch) -> int:
-        """Tokens that the loss sums over."""
-
-    def __call__(self, batch: Batch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Summed loss and terms."""
-
-
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage is trained. Meanings and units as in the recipe; `flops_per_token` is for the books."""
+    """How one stage is trained. Meanings and units as in the recipe; `flops_per_token` is for the books;
+    `diagnoses`: how often in the stage the terms of the loss are weighed against each other."""
 
     name: str
     tokens: int
@@ -62,6 +53,7 @@ class StageSettings:
     keep_checkpoints: int = 2
     mixer_names: frozenset[str] = frozenset()
     flops_per_token: float = 0.0
+    diagnoses: int = 0
 
 
 @dataclass
@@ -75,6 +67,7 @@ class StageResult:
     final_loss: float
     curve: list[list[float]] = field(default_factory=list)
     terms: dict[str, float] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
 
 
 def train_stage(
@@ -134,9 +127,12 @@ class _Stage:
         self.steps = max(1, settings.tokens // settings.batch_tokens)
         self.step, self.seconds = 0, 0.0
         self.last_terms: dict[str, float] = {}
+        self.warnings: list[str] = []
+        self.diagnoses: list[dict[str, float]] = []
         self.trained = {name: p for name, p in lesson.student.named_parameters() if p.requires_grad}
+        self.helpers = dict(lesson.helpers())
         self.optimizer: OptimizerSet = build_optimizer(
-            self.trained.items(), kind=settings.optimizer, learning_rate=settings.learning_rate,
+            (self.trained | self.helpers).items(), kind=settings.optimizer, learning_rate=settings.learning_rate,
             mixer_learning_rate=settings.mixer_learning_rate, mixer_names=settings.mixer_names,
             weight_decay=settings.weight_decay, betas=settings.betas,
         )  # fmt: skip
@@ -155,10 +151,12 @@ class _Stage:
             return
         load_weights(self.lesson.student, checkpoint.tensors["model"])
         self.optimizer.load_state_tensors(checkpoint.tensors.get("optimizer", {}))
+        self.lesson.load_state_tensors(checkpoint.tensors.get("lesson", {}))
         for name, value in checkpoint.tensors.get("average", {}).items():
             self.average[name].copy_(value)
         self.step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
-        self.last_terms = checkpoint.facts["terms"]
+        self.last_terms, self.warnings = checkpoint.facts["terms"], list(checkpoint.facts["warnings"])
+        self.diagnoses = list(checkpoint.facts["diagnoses"])
         if is_main():
             self.log.rewind(arm=self.arm, stage=self.settings.name, step=self.step)
 
@@ -166,13 +164,16 @@ class _Stage:
         """One optimiser update on the next global batch. Returns the mean loss of this process's part."""
         begun = time.monotonic()
         settings = self.settings
-        seed_everything(derive_seed(self.seed, self.arm, settings.name, self.step, rank()))
-        self.lesson.student.train()
+        self.lesson.begin_update(self.step, self.steps)
         whole = self.data.batch(first_sample + self.step * self.rows, self.rows)
-        count = max(1, self.lesson.count(whole))
+        seed = derive_seed(self.seed, self.arm, settings.name, self.step, rank())
+        own, count = self._own_rows(whole, seed)
+        parts = list(_rows(own, settings.micro_batch_sequences))
+        diagnosis = self._diagnose(parts[0]) if self._is_logged(settings.diagnoses) else {}
+        seed_everything(seed)
+        self.lesson.student.train()
         sums: dict[str, Tensor] = {}
         self.optimizer.zero_grad()
-        parts = list(_split(whole, settings.micro_batch_sequences))
         for number, part in enumerate(parts):
             quiet = self.runner.no_sync() if world_size() > 1 and number < len(parts) - 1 else nullcontext()
             with quiet:
@@ -182,23 +183,51 @@ class _Stage:
                 sums[name] = sums[name] + value if name in sums else value
         means = self._means(sums, count)
         limit = math.inf if settings.clip_norm is None else settings.clip_norm
-        norm = float(nn.utils.clip_grad_norm_(self.trained.values(), limit, foreach=True))
+        norm = float(nn.utils.clip_grad_norm_([*self.trained.values(), *self.helpers.values()], limit, foreach=True))
         self._check_finite(means["loss"], norm)
         scale = learning_rate_scale(
             self.step, self.steps, schedule=settings.schedule, warmup_share=settings.warmup_share,
             decay_share=settings.decay_share, final_share=settings.final_share,
         )  # fmt: skip
         self.optimizer.step(scale=scale)
+        is_logged = self._is_logged(200)
         self.step += 1
+        self.lesson.end_update(self.step)
         self._move_average()
         self.seconds += time.monotonic() - begun
         self.last_terms = means
-        if is_main() and (self.step % max(1, self.steps // 200) == 0 or self.step == self.steps):
-            tokens = self.step * settings.batch_tokens
-            self.log.write(
-                arm=self.arm, stage=settings.name, step=self.step, tokens=tokens, gradient_norm=norm, **means
-            )
+        if is_main() and (is_logged or diagnosis):
+            facts = {
+                "arm": self.arm,
+                "stage": settings.name,
+                "step": self.step,
+                "tokens": self.step * settings.batch_tokens,
+            }
+            self.log.write(**facts, gradient_norm=norm, **means, **diagnosis)
         return means["loss"]
+
+    def _own_rows(self, whole: Batch, seed: int) -> tuple[Batch, int]:
+        """This process's rows of the global batch, and the tokens that count in all of it."""
+        own = _share(whole)
+        if not self.lesson.writes_rows:
+            return own, max(1, self.lesson.count(whole))
+        seed_everything(seed)
+        own = self.lesson.prepare(own.to(self.device))
+        count = torch.tensor(self.lesson.count(own), device=self.device)
+        if world_size() > 1:
+            torch.distributed.all_reduce(count)
+        return own, max(1, int(count))
+
+    def _is_logged(self, times: int) -> bool:
+        """Whether the coming update is one of about `times` that are evenly spread over the stage; the last one is."""
+        done = self.step + 1
+        return times > 0 and (done % max(1, self.steps // times) == 0 or done == self.steps)
+
+    def _diagnose(self, part: Batch) -> dict[str, float]:
+        found = self.lesson.diagnose(part.to(self.device))
+        self.diagnoses.append(found)
+        self.warnings += [text for text in warnings_of(self.diagnoses) if text not in self.warnings]
+        return found
 
     def _means(self, sums: dict[str, Tensor], count: int) -> dict[str, float]:
         values = torch.stack([value.float() for value in sums.values()])
@@ -235,7 +264,13 @@ class _Stage:
             tensors = {"model": dict(weights_of(self.lesson.student)), "optimizer": self.optimizer.state_tensors()}
             if self.average:
                 tensors["average"] = self.average
-            facts = {"seconds": self.seconds, "terms": self.last_terms, "arm": self.arm, "stage": self.settings.name}
+            lesson = self.lesson.state_tensors()
+            if lesson:
+                tensors["lesson"] = lesson
+            facts = {
+                "seconds": self.seconds, "terms": self.last_terms, "arm": self.arm, "stage": self.settings.name, "warnings": self.warnings,
+                "diagnoses": self.diagnoses,
+            }  # fmt: skip
             save_checkpoint(self.folder, Checkpoint(self.step, tensors, facts), keep=self.settings.keep_checkpoints)
         wait_for_all()
 
@@ -254,21 +289,30 @@ class _Stage:
         return StageResult(
             name=name, tokens=tokens, seconds=self.seconds, flops=tokens * self.settings.flops_per_token,
             final_loss=self.last_terms.get("loss", math.nan), curve=[[line["tokens"], line["loss"]] for line in lines], terms=self.last_terms,
+            warnings=self.warnings,
         )  # fmt: skip
 
 
-def _split(batch: Batch, micro_rows: int | None) -> Iterator[Batch]:
-    """This process's rows of the global batch, in micro-batches."""
+def _share(batch: Batch) -> Batch:
+    """This process's rows of the global batch."""
     rows = batch.input_ids_BT.shape[0] // world_size()
-    first = rank() * rows
+    return _slice(batch, slice(rank() * rows, (rank() + 1) * rows))
+
+
+def _rows(batch: Batch, micro_rows: int | None) -> Iterator[Batch]:
+    """A batch a few rows at a time."""
+    rows = batch.input_ids_BT.shape[0]
     step = micro_rows or rows
-    for low in range(first, first + rows, step):
-        part = slice(low, min(low + step, first + rows))
-        documents, positions = batch.document_ids_BT, batch.position_ids_BT
-        yield Batch(
-            batch.input_ids_BT[part], batch.loss_mask_BT[part],
-            None if documents is None else documents[part], None if positions is None else positions[part],
-        )  # fmt: skip
+    return (_slice(batch, slice(low, min(low + step, rows))) for low in range(0, rows, step))
+
+
+def _slice(batch: Batch, part: slice) -> Batch:
+    documents, positions, keys, sources = batch.document_ids_BT, batch.position_ids_BT, batch.keys, batch.sources
+    return Batch(
+        batch.input_ids_BT[part], batch.loss_mask_BT[part],
+        None if documents is None else documents[part], None if positions is None else positions[part],
+        None if keys is None else keys[part], None if sources is None else sources[part],
+    )  # fmt: skip
 
 
 def weights_of(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -1,0 +1,1 @@
+"""Teachers of every kind behind one interface: given a batch, what the teacher says about it."""

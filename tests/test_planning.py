@@ -225,6 +225,12 @@ def test_the_fullest_moment_is_found(teacher):
     assert smaller["logits_bytes"] < memory["logits_bytes"]
 
 
+def test_judging_may_be_the_fullest_moment(teacher):
+    memory = plan(recipe(teacher, "evaluation.batch_sequences=1000"), machine=ROOMY)["memory"]
+    assert memory["fullest_at"] == "judging"
+    assert memory["logits_bytes"] == 1000 * 16 * 100 * 4 * 2
+
+
 def test_time_grows_with_the_tokens_and_falls_with_the_speed(teacher):
     small = plan(recipe(teacher), machine=ROOMY)["time"]
     large = plan(recipe(teacher, "stages.distil.tokens=12800"), machine=ROOMY)["time"]

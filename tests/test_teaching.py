@@ -273,3 +273,69 @@ def test_a_smaller_copy_of_the_teacher(place, tmp_path):
     assert facts["student"]["parameters"] < facts["teacher"]["parameters"]
     assert facts["controls"]["without_teacher"]["perplexity"] > 1
     assert curve(facts)[-1] < curve(facts)[0]
+
+
+@pytest.mark.parametrize(
+    ("on_policy", "objectives"),
+    [
+        ({"method": "mixed", "share": 0.5}, [{"objective": "jensen_shannon"}]),
+        ({"method": "adaptive", "buffer": 8}, [{"objective": "skewed_forward_kl"}]),
+        ({"method": "minillm"}, [{"objective": "reverse_kl"}, {"objective": "cross_entropy"}]),
+    ],
+    ids=["mixed", "adaptive", "minillm"],
+)
+def test_learning_on_the_own_writing(place, tmp_path, on_policy, objectives):
+    words = {"prompt_tokens": 8, "max_new_tokens": 8} | on_policy
+    facts = run(place, tmp_path, stage={"objectives": objectives, "on_policy": words, "tokens": 512})
+    assert all(loss == loss for loss in curve(facts))
+    assert facts["student"]["tokens_spent"] == 512
+
+
+def test_exact_predictions_in_the_first_merges_of_the_teacher(place, tmp_path):
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    _, teacher, _ = place
+    pipeline_words = json.loads(AutoTokenizer.from_pretrained(teacher).backend_tokenizer.to_str())
+    merges = pipeline_words["model"]["merges"][:10]
+    kept = 257 + len(merges)  # the end token, all bytes, the first merges
+    pipeline_words["model"] |= {"merges": merges}
+    vocabulary = pipeline_words["model"]["vocab"]
+    pipeline_words["model"]["vocab"] = {name: place for name, place in vocabulary.items() if place < kept}
+    from tokenizers import Tokenizer
+
+    student = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(pipeline_words)), eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>", pad_token="<|endoftext|>",
+    )  # fmt: skip
+    student.save_pretrained(tmp_path / "tokens")
+    facts = run(
+        place, tmp_path, teacher={"source": str(teacher), "exact": True}, tokenizer={"source": str(tmp_path / "tokens")},
+        stage={"tokens": 256, "batch_tokens": 64},
+    )  # fmt: skip
+    assert facts["teaching"]["other_tokenizer"]
+    assert curve(facts)[-1] < curve(facts)[0]
+
+
+def test_a_closed_teacher_beside_a_control_that_reads_the_text_itself(place, tmp_path):
+    from tests.teachers.fake_server import TEMPLATE, FakeServer
+    from transformers import AutoTokenizer
+
+    _, teacher, _ = place
+    tokenizer = AutoTokenizer.from_pretrained(teacher)
+    tokenizer.chat_template = TEMPLATE
+    server = FakeServer(tokenizer)
+    with server.running():
+        closed = {
+            "url": server.url,
+            "model": "m",
+            "max_new_tokens": 8,
+            "answers": 24,
+            "input_price": 1.0,
+            "output_price": 2.0,
+        }
+        facts = run(
+            place, tmp_path, teacher={"closed": closed}, tokenizer={"source": str(teacher)},
+            controls=NO_CONTROLS | {"from_scratch": True}, stage={"kind": "tune"},
+        )  # fmt: skip
+    assert facts["teaching"]["store_teacher"]["usage"]["cost"] > 0
+    assert facts["student"]["perplexity"] != facts["controls"]["from_scratch"]["perplexity"]

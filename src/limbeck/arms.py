@@ -12,6 +12,7 @@ from limbeck.recipe import Recipe
 from limbeck.recipe_stages import Stage, TuneStage
 
 EQUAL_FLOPS = "equal_flops"
+WITHOUT_TEACHER = frozenset({"from_scratch", "without_teacher", EQUAL_FLOPS})
 
 
 def arm_stages(recipe: Recipe) -> dict[str, list[Any]]:

@@ -50,6 +50,10 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
     """
     content = recipe.model_dump(mode="json")
     content["runtime"] = {key: value for key, value in content["runtime"].items() if key in _BINDING_RUNTIME}
+    for kind in ("served", "closed"):
+        endpoint = (content["teacher"] or {}).get(kind) or {}
+        for name in _PASSING_ENDPOINT & endpoint.keys():
+            del endpoint[name]
     marker = folder / "recipe.json"
     if marker.exists():
         before = read_json(marker)
@@ -69,6 +73,10 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
 
 # What of `runtime` a continued run may not change; where it runs and how often it saves may.
 _BINDING_RUNTIME = frozenset({"gradient_checkpointing"})
+# How an endpoint is reached is not what it says: a server may move while a run is stopped.
+_PASSING_ENDPOINT = frozenset(
+    {"url", "api_key_variable", "concurrency", "requests_per_minute", "retries", "timeout_seconds"}
+)
 
 
 def _differences(one: Any, other: Any, path: str = "") -> list[str]:

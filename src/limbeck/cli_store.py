@@ -98,9 +98,16 @@ def merge(
     as_json: Json = False,
 ) -> None:
     """Put several stores into a new one, every row once."""
+    import shutil
+
+    from limbeck.assembly import TOKENIZER_FOLDER
     from limbeck.store.merge import merge_stores
 
-    show_facts(merge_stores(folders, into), as_json=as_json)
+    facts = merge_stores(folders, into)
+    tokenizers = [folder / TOKENIZER_FOLDER for folder in folders if (folder / TOKENIZER_FOLDER).is_dir()]
+    if tokenizers:
+        shutil.copytree(tokenizers[0], into / TOKENIZER_FOLDER, dirs_exist_ok=True)
+    show_facts(facts, as_json=as_json)
 
 
 @store_app.command()
@@ -114,9 +121,14 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Make a store of a DistillKit data set (either of its codecs)."""
+    from limbeck.assembly import TOKENIZER_FOLDER
     from limbeck.models.teacher import load_tokenizer
     from limbeck.models.tokenizers import tokenizer_fingerprint
     from limbeck.store.distillkit_rows import convert_distillkit
 
-    fingerprint = None if tokenizer is None else tokenizer_fingerprint(load_tokenizer(tokenizer))
-    show_facts(convert_distillkit(source, into, teacher=teacher, tokenizer=fingerprint), as_json=as_json)
+    loaded = None if tokenizer is None else load_tokenizer(tokenizer)
+    fingerprint = None if loaded is None else tokenizer_fingerprint(loaded)
+    facts = convert_distillkit(source, into, teacher=teacher, tokenizer=fingerprint)
+    if loaded is not None:
+        loaded.save_pretrained(into / TOKENIZER_FOLDER)
+    show_facts(facts, as_json=as_json)

@@ -210,6 +210,7 @@ def add_books(facts: ModelFacts, result: ArmResult, work: Run) -> None:
         StageFacts(
             name=stage.name, kind=kinds.get(stage.name.split("-layer")[0], "align"), tokens=stage.tokens, flops=stage.flops,
             seconds=stage.seconds, final_loss=stage.final_loss, loss_curve=[(x, y) for x, y in stage.curve],
+            warnings=stage.warnings,
         )
         for stage in result.stages
     ]  # fmt: skip

@@ -53,6 +53,7 @@ class Run:
     log: MetricsLog
     progress: Progress
     stop: StopRequest
+    own_text: Mixture
     teaching: Any = None
     notes: list[str] = field(default_factory=list)
 
@@ -117,10 +118,13 @@ def open_run(recipe: Recipe, folder: Path, device: torch.device, stop: StopReque
     enough = int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
     sources = recipe.data.train if captured is None else [captured]
     data = assembly.open_data(recipe, tokenizer, folder / "data", sources=sources, max_tokens=enough)
+    own_text = data
+    if captured is not None and arms.compared_control(recipe):
+        own_text = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.train, max_tokens=enough)
     few = students.HELDOUT_WINDOWS * recipe.data.context_tokens
     heldout = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.heldout, max_tokens=few)
     log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
-    work = Run(recipe, folder, device, teacher, tokenizer, data, heldout, log, progress, stop)
+    work = Run(recipe, folder, device, teacher, tokenizer, data, heldout, log, progress, stop, own_text)
     work.teaching = teaching.open_teaching(work)
     return work
 
@@ -157,7 +161,8 @@ def replicas(work: Run) -> Iterator[Run]:
         folder = work.folder / "seeds" / str(number)
         log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
         data = work.data.reseeded(derive_seed(seed, "data"))
-        yield replace(work, recipe=recipe, folder=folder, data=data, log=log)
+        own_text = work.own_text.reseeded(derive_seed(seed, "data"))
+        yield replace(work, recipe=recipe, folder=folder, data=data, log=log, own_text=own_text)
 
 
 def train_replica(work: Run) -> dict[str, ArmResult]:
@@ -222,8 +227,10 @@ def train_plan(
         set_dropout(model, plan.spec.dropout)
     power = students.target_power(work, plan.layers) if plan.layers is not None else {}
     lesson = teaching.build_lesson(work, plan, model, power=power)
+    # What a served or closed teacher wrote is the teacher's: an arm without one reads the recipe's own text.
+    data = work.own_text if arm.name in arms.WITHOUT_TEACHER else work.data
     result = train_stage(
-        lesson, work.data, plan.settings, folder=folder / plan.settings.name / "checkpoints", log=work.log, arm=arm.name,
+        lesson, data, plan.settings, folder=folder / plan.settings.name / "checkpoints", log=work.log, arm=arm.name,
         seed=work.recipe.seed, device=work.device, first_sample=first_sample, progress=work.progress, stop=work.stop,
     )  # fmt: skip
     for warning in result.warnings:

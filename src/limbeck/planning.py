@@ -293,6 +293,9 @@ def estimate_memory(
             width=shape.hidden_size, heads=shape.num_attention_heads, layers=shape.num_hidden_layers,
         )  # fmt: skip
         moments["calibration"] = {"activations_bytes": held}
+    judged = recipe.evaluation.batch_sequences * (recipe.evaluation.context_tokens or recipe.data.context_tokens)
+    beside = min(2, 1 + len(teachers))  # the teacher answers beside each model
+    moments["judging"] = {"logits_bytes": judged * student.config.vocab_size * FLOAT_BYTES * beside}
     fullest, parts = max(moments.items(), key=lambda item: sum(item[1].values()))
     total = weights + held + sum(parts.values()) + RUNTIME_BYTES
     facts = {"weights_bytes": weights, "teacher_bytes": held, **parts}
@@ -368,8 +371,9 @@ def refuse_impossible(facts: dict[str, Any], misfits: Sequence[str] = ()) -> Non
     if available is not None and needed > available:
         problems.append(
             f"about {needed / 1e9:.1f} GB of memory are needed (at {memory['fullest_at']}), and there are "
-            f"{available / 1e9:.1f} GB. Set that stage's micro_batch_sequences or data.context_tokens lower, "
-            "switch controls off, or set runtime.gradient_checkpointing: true."
+            f"{available / 1e9:.1f} GB. Set that stage's micro_batch_sequences (for judging, evaluation.batch_sequences) or "
+            "data.context_tokens lower, switch controls off, or set runtime.gradient_checkpointing: true. A large teacher "
+            "takes less with teacher.dtype: bfloat16, quantise or offload."
         )
     needed, free = disk["total_bytes"], disk["free_bytes"]
     if needed > free:

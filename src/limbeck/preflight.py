@@ -6,13 +6,14 @@ problem, with the way out.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from limbeck import assembly
-from limbeck.core.errors import LimbeckError, RecipeError, StoreError, VocabularyError
+from limbeck.core.errors import LimbeckError, RecipeError, StoreError, TeacherError, VocabularyError
 from limbeck.models.anatomy import find_layers
 from limbeck.models.layer_maps import layer_map
 from limbeck.models.tokenizers import tokenizer_fingerprint
@@ -242,6 +243,11 @@ def _look_for_holes(recipe: Recipe, store: TargetStore, found: Findings) -> None
 
 def _check_objectives(recipe: Recipe, is_other: bool, found: Findings) -> None:
     """Refuse comparisons token by token between different tokens, and likelihoods of text where tokens are the same."""
+    if is_other:
+        _check_bytes(recipe, found)
+    if is_other and recipe.teacher is not None and recipe.teacher.exact:
+        _check_exact(recipe, found)
+        return
     known = found.facts.get("tokenizers", {}).get("verdict", "") is not None
     for stage in recipe.stages:
         names = [term.objective for term in stage.terms()] if stage.kind == "distil" else []
@@ -256,8 +262,31 @@ def _check_objectives(recipe: Recipe, is_other: bool, found: Findings) -> None:
                 f"stages.{stage.name}: chunk_likelihood is for a teacher with other tokens, and these are the student's. "
                 "Use forward_kl or another objective on predictions, which tell more."
             )
-    if is_other:
-        _check_bytes(recipe, found)
+
+
+def _check_exact(recipe: Recipe, found: Findings) -> None:
+    """See that the teacher's exact predictions can be had in the student's tokens, and that nothing else is asked for."""
+    from limbeck.models.exact_likelihood import decompose
+    from limbeck.models.token_bytes import read_token_bytes
+
+    names = _tokenizer_names(recipe)
+    with contextlib.suppress(TeacherError):  # not to be had here, which was said before
+        pair = [load_tokenizer(name) for name in names if name is not None]
+        try:
+            if len(pair) == 2:
+                decompose(pair[0], read_token_bytes(pair[0]), pair[1], read_token_bytes(pair[1]))
+        except VocabularyError as error:
+            found.problems.append(f"teacher.exact: {error}")
+    for stage in recipe.stages:
+        for term in stage.terms() if stage.kind == "distil" else ():
+            if term.objective in FEATURES or term.objective == "chunk_likelihood":
+                found.problems.append(
+                    f"stages.{stage.name}: with teacher.exact the teacher gives predictions alone, not what {term.objective} "
+                    "needs. Use an objective on predictions."
+                )
+    found.warnings.append(
+        "teacher.exact: the teacher reads about one text for every token of the student, which the time below does not count."
+    )
 
 
 def _check_bytes(recipe: Recipe, found: Findings) -> None:
@@ -269,30 +298,37 @@ def _check_bytes(recipe: Recipe, found: Findings) -> None:
             read_token_bytes(load_tokenizer(name))
         except VocabularyError as error:
             found.problems.append(f"{name}: {error}")
-        except LimbeckError:
+        except TeacherError:
             pass  # not to be had here, which was said before
 
 
 def _check_layers(
     recipe: Recipe, student: Any, teachers: Sequence[Any], store: TargetStore | None, found: Findings
 ) -> None:
-    """Layers that objectives name must exist, in the store too."""
+    """Layers that objectives name must exist, in the store too. Raises: RecipeError when a model does not have them."""
     for stage in recipe.stages:
         for term in stage.terms() if stage.kind == "distil" else ():
             if term.objective not in FEATURES:
                 continue
-            if store is not None and isinstance(term.layers, list):
-                missing = sorted({pair[1] for pair in term.layers} - set(store.hidden_layers))
-                if missing:
-                    found.problems.append(
-                        f"stages.{stage.name}: {term.objective} wants the teacher's layers {missing}, and {store.folder} has "
-                        f"{list(store.hidden_layers)}. Capture with hidden_layers, or name these."
-                    )
+            place = f"stages.{stage.name}: {term.objective}"
+            if store is not None:
+                found.problems += [f"{place}{problem}" for problem in _missing_layers(term, store)]
                 continue
             try:
                 layer_pairs(term, student, teachers[0] if teachers else student)
             except RecipeError as error:
-                found.problems.append(f"stages.{stage.name}: {term.objective}: {error}")
+                raise RecipeError(f"{place}: {error}") from error
+
+
+def _missing_layers(term: Objective, store: TargetStore) -> list[str]:
+    kept = list(store.hidden_layers)
+    if not isinstance(term.layers, list):
+        return [f": name its layers as pairs of student and teacher layers; {store.folder} has the teacher's {kept}."]
+    if any(pair[1] < 0 for pair in term.layers):
+        return [": a store does not say how deep its teacher is. Count the teacher's layers from 0."]
+    missing = sorted({pair[1] for pair in term.layers} - set(kept))
+    told = f" wants the teacher's layers {missing}, and {store.folder} has {kept}. Capture with hidden_layers, or name these."
+    return [told] if missing else []
 
 
 def layer_pairs(term: Objective, student: Any, teacher: Any) -> list[tuple[int, int]]:

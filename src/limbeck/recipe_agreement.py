@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from limbeck.recipe_objectives import CROSS_TOKENIZER, FEATURES
+from limbeck.recipe_objectives import CROSS_TOKENIZER, FEATURES, HIDDEN_STATES
 from limbeck.recipe_student import Student
 from limbeck.recipe_values import Problems
 
@@ -72,9 +72,14 @@ def _teaching_problems(recipe: Recipe) -> Problems:
         if kind == "closed":
             problems[f"{place}.kind"] = "a closed teacher gives text alone. Use tune: it learns from what was written"
         for number, term in enumerate(stage.terms()):
+            is_other = term.objective not in ("forward_kl", "cross_entropy") or term.temperature != 1
+            if recipe.teacher.targets == "sampled" and term.objective not in FEATURES and is_other:
+                problems[f"{place}.objectives.{number}.objective"] = (
+                    "random draws estimate forward_kl at temperature 1 without bias, and nothing else. Use that, or targets: top_k"
+                )
             where = f"{place}.objectives.{number}.objective"
             if term.objective in FEATURES and (
-                kind in ("served", "several") or (kind == "store" and term.objective[:6] != "hidden")
+                kind in ("served", "several") or (kind == "store" and term.objective not in HIDDEN_STATES)
             ):
                 problems[where] = f"teacher.{kind} hands over no such thing; a live teacher (source) does"
         if stage.on_policy is not None and kind in ("store", "served", "closed"):

@@ -20,6 +20,7 @@ FEATURES = frozenset(
         "mixing_matrix_distance",
     }
 )  # fmt: skip
+HIDDEN_STATES = frozenset({"hidden_mse", "hidden_cosine", "linear_cka", "contrastive"})
 CROSS_TOKENIZER = frozenset({"cross_entropy", "sorted_earth_mover", "chunk_likelihood"})
 
 
@@ -100,7 +101,11 @@ class OnPolicy(Part):
         description="mixed: GKD's share of student-written rows (arXiv:2306.13649); minillm: policy gradient of the "
         "reverse KL (arXiv:2306.08543); adaptive: DistiLLM's reuse buffer (arXiv:2402.03898).",
     )
-    share: Share = Field(default=0.5, description="GKD's lambda: the share of rows that the student writes.")
+    share: Share | None = Field(
+        default=None,
+        description="GKD's lambda: the share of rows that the student writes; null: a half for mixed, none at first for "
+        "adaptive. minillm writes all.",
+    )
     prompt_tokens: Count = Field(default=64, description="Tokens of the window that are given; the student goes on.")
     max_new_tokens: Count | None = Field(default=None, description="Most tokens written; null fills the window.")
     temperature: Annotated[float, Field(gt=0, le=5)] = Field(default=1.0, description="Sampling temperature.")
@@ -122,6 +127,10 @@ def objective_problems(objectives: list[Objective]) -> Problems:
         seen.add(term.objective)
         if term.objective not in FEATURES and term.layers != Objective.model_fields["layers"].default:
             problems[f"{place}.layers"] = f"{term.objective} looks at predictions, not at layers. Remove it"
+        if term.objective in FEATURES | {"chunk_likelihood"}:
+            for name in ("temperature", "missing"):
+                if getattr(term, name) != Objective.model_fields[name].default:
+                    problems[f"{place}.{name}"] = f"{term.objective} does not look at next-token predictions. Remove it"
         problems |= {f"{place}.options.{name}": text for name, text in _option_problems(term).items()}
     return problems
 

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.recipe_objectives import Objective, OnPolicy, objective_problems
+from limbeck.recipe_objectives import Objective, ObjectiveName, OnPolicy, objective_problems
 from limbeck.recipe_values import Count, Decay, Part, Problems, Rate, RecipeProblems, SafeName, Share, refuse_problems
 
 
@@ -87,7 +87,9 @@ class DistilStage(Stage):
 
     kind: Literal["distil"] = Field(description="Match the teacher's next-token distribution.")
     kl: Annotated[float, Field(ge=0)] = Field(
-        default=1.0, description="Weight of KL(teacher || student), nats a token; short for an objective forward_kl."
+        default=1.0,
+        description="Weight of KL(teacher || student), nats a token; short for an objective "
+        "forward_kl (reverse_kl with minillm).",
     )
     ce: Annotated[float, Field(ge=0)] = Field(
         default=0.0, description="Weight of the cross entropy with the text, nats a token; short for cross_entropy."
@@ -107,6 +109,10 @@ class DistilStage(Stage):
     def _has_an_objective(self) -> DistilStage:
         if self.objectives is None and self.kl == 0 and self.ce == 0:
             raise RecipeProblems({"kl": "kl and ce are both 0: there is nothing to learn from"})
+        if self.on_policy is not None and self.on_policy.method == "minillm" and self.on_policy.top_p < 1:
+            raise RecipeProblems(
+                {"on_policy.top_p": "minillm weighs every token that could have been written: write 1"}
+            )
         if self.objectives is not None:
             problems = objective_problems(self.objectives)
             for name in ("kl", "ce", "temperature"):
@@ -121,7 +127,9 @@ class DistilStage(Stage):
             return self.objectives
         short = []
         if self.kl:
-            short.append(Objective(objective="forward_kl", weight=self.kl, temperature=self.temperature))
+            is_minillm = self.on_policy is not None and self.on_policy.method == "minillm"
+            name: ObjectiveName = "reverse_kl" if is_minillm else "forward_kl"
+            short.append(Objective(objective=name, weight=self.kl, temperature=self.temperature))
         if self.ce:
             short.append(Objective(objective="cross_entropy", weight=self.ce))
         return short

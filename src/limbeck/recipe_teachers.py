@@ -122,7 +122,7 @@ class Teacher(Part):
     )
     store: NonEmpty | None = Field(
         default=None,
-        description="A target store made by `limbeck capture`, or a folder of DistillKit's compressed logits.",
+        description="A target store, made by `limbeck capture`, or by `limbeck store convert` from DistillKit's data.",
     )
     served: Served | None = Field(default=None, description="An endpoint with log-probabilities.")
     closed: Closed | None = Field(default=None, description="An endpoint that gives text alone.")
@@ -142,6 +142,11 @@ class Teacher(Part):
     )
     offload: bool = Field(
         default=False, description="Keep weights in main memory and bring layers to the device as they are needed."
+    )
+    exact: bool = Field(
+        default=False,
+        description="For a student with other tokens that are bytes, or the teacher's first merges: the teacher's "
+        "predictions in the student's tokens, exactly and slowly (arXiv:2512.14954), so that any objective can be used.",
     )
     targets: TargetKind = Field(
         default="dense",
@@ -163,6 +168,8 @@ class Teacher(Part):
             )
         if self.targets != "dense" and not (self.source and not self.store) and not self.several:
             problems["targets"] = "only a live teacher (source or several) can choose what it hands over"
+        if self.exact and given != ["source"]:
+            problems["exact"] = "only a live teacher (source) can be asked for exact predictions in other tokens"
         refuse_problems(problems)
         return self
 

@@ -73,21 +73,18 @@ def _shrunk_student(work: Run, folder: Path, saved: Checkpoint | None) -> Any:
         student = shrink_model(work.teacher.model, ShrinkPlan.from_json(saved.facts["plan"]))
         load_weights(student, saved.tensors["model"])
         return student.to(work.device)
-    tokens = work.recipe.student.calibration_tokens
-    work.say(f"measuring on {tokens:,} tokens which parts of the teacher matter least")
-    batches = assembly.calibration_batches(work.data, tokens=tokens, device=work.device)
-    plan = plan_shrinking(
-        work.teacher.model,
-        batches,
-        layers=shrink.layers,
-        intermediate=shrink.intermediate,
-        layer_rule=shrink.layer_rule,
-    )
-    student = shrink_model(work.teacher.model, plan)
-    if is_main():
+    if is_main():  # one process chooses, so that a near tie cannot fall out differently on another
+        tokens = work.recipe.student.calibration_tokens
+        work.say(f"measuring on {tokens:,} tokens which parts of the teacher matter least")
+        batches = assembly.calibration_batches(work.data, tokens=tokens, device=work.device)
+        plan = plan_shrinking(
+            work.teacher.model, batches, layers=shrink.layers, intermediate=shrink.intermediate,
+            layer_rule=shrink.layer_rule,
+        )  # fmt: skip
+        student = shrink_model(work.teacher.model, plan)
         save_checkpoint(folder, Checkpoint(0, {"model": dict(weights_of(student))}, {"plan": plan.to_json()}), keep=1)
     wait_for_all()
-    return student.to(work.device)
+    return _shrunk_student(work, folder, newest_checkpoint(folder))
 
 
 def _note_layers(work: Run, facts: dict[str, Any]) -> None:

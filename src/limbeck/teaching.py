@@ -19,12 +19,13 @@ from limbeck.models.tokenizers import tokenizer_fingerprint
 from limbeck.models.vocabulary import TokenizerComparison, compare_tokenizers, require_same_tokens
 from limbeck.objectives.features import FEATURE_OBJECTIVES
 from limbeck.recipe import Recipe
-from limbeck.recipe_objectives import CROSS_TOKENIZER, FEATURES, Objective, Ramp
+from limbeck.recipe_objectives import CROSS_TOKENIZER, FEATURES, Objective, OnPolicy, Ramp
 from limbeck.recipe_teachers import Teacher
 from limbeck.store.store import TargetStore
 from limbeck.teachers.base import TargetSource
 from limbeck.teachers.crossed import CrossTokenizerTeacher
 from limbeck.teachers.entries import Dense, Entries, Sampled, TopK
+from limbeck.teachers.exact import ExactTeacher
 from limbeck.teachers.live import LiveTeacher, load_live_model
 from limbeck.teachers.own import EmaTeacher, PreviousGeneration
 from limbeck.teachers.several import SeveralTeachers
@@ -33,10 +34,16 @@ from limbeck.teachers.stored_aligned import StoredAlignedTargets
 from limbeck.teachers.stored_windows import StoreWindows
 from limbeck.train.distil import DistilLesson, Term
 from limbeck.train.lesson import Lesson
+from limbeck.train.on_policy import AdaptiveLesson, MiniLLMLesson, OnPolicyLesson
+from limbeck.train.rollouts import Writing
 from limbeck.train.stages import AlignLesson
 
 if TYPE_CHECKING:
     from limbeck.pipeline import Run
+
+
+# Held-out rows by which an adaptive share of the student's own writing is set.
+_ADAPTIVE_ROWS = 16
 
 
 @dataclass
@@ -118,8 +125,19 @@ def _open_members(work: Run, words: Teacher) -> list[Any]:
 
 
 def _check_objectives(recipe: Recipe, teaching: Teaching) -> None:
-    """Refuse losses on logits between models whose tokens differ."""
-    if not teaching.is_cross_tokenizer:
+    """Refuse losses on logits between models whose tokens differ, and what is for such models alone between others."""
+    if teaching.is_cross_tokenizer and teaching.members:
+        raise VocabularyError(
+            "teacher.several: a mixture of predictions needs the student's tokens to be the teachers'. Take one teacher as "
+            "source, with chunk_likelihood, or leave out tokenizer and student.source."
+        )
+    named = {term.objective for stage in recipe.stages if stage.kind == "distil" for term in stage.terms()}
+    if "chunk_likelihood" in named and not teaching.is_cross_tokenizer:
+        raise VocabularyError(
+            "chunk_likelihood is for a student with other tokens than its teacher; these two share theirs, so forward_kl "
+            "says more at less cost. Use that."
+        )
+    if not teaching.is_cross_tokenizer or (recipe.teacher is not None and recipe.teacher.exact):
         return
     wrong = [
         term.objective
@@ -190,6 +208,12 @@ def target_source(work: Run, student: Any) -> tuple[TargetSource | None, int | N
         return own, None
     if teaching.store is not None:
         return _stored(work), None
+    if teaching.is_cross_tokenizer and words.exact:
+        rows = SplitModel(student).vocabulary_size
+        exact = ExactTeacher(
+            work.teacher.model, work.teacher.tokenizer, work.tokenizer, vocabulary_size=rows, name=work.teacher.source
+        )
+        return exact, None
     if teaching.is_cross_tokenizer:
         crossed = CrossTokenizerTeacher(
             work.teacher.model, work.teacher.tokenizer, work.tokenizer, name=work.teacher.source
@@ -259,8 +283,33 @@ def build_lesson(work: Run, plan: assembly.StagePlan, student: Any, *, power: Ma
         return DistilLesson(student, None, [Term("cross_entropy")])
     source, usable = target_source(work, student)
     terms, projections = _terms(work, spec, student)
+    if spec.on_policy is not None:
+        return _on_policy_lesson(work, spec, student, source, terms, projections, usable)
     return DistilLesson(
-        student, source, terms, projections=projections, vocabulary_size=usable, crosses_tokenizers=work.teaching.is_cross_tokenizer,
+        student, source, terms, projections=projections, vocabulary_size=usable,
+        crosses_tokenizers=work.teaching.is_cross_tokenizer and not isinstance(source, ExactTeacher),
+    )  # fmt: skip
+
+
+def _on_policy_lesson(
+    work: Run, spec: Any, student: Any, source: Any, terms: list[Term], projections: Any, usable: int | None
+) -> Lesson:
+    words: OnPolicy = spec.on_policy
+    writing = Writing(
+        prompt_tokens=words.prompt_tokens, max_new_tokens=words.max_new_tokens, temperature=words.temperature,
+        top_p=words.top_p, end_token=work.tokenizer.eos_token_id, rows_at_a_time=spec.micro_batch_sequences,
+    )  # fmt: skip
+    if words.method == "minillm":
+        return MiniLLMLesson(
+            student, source, terms, writing=writing, teacher_share=words.teacher_share, vocabulary_size=usable
+        )
+    shared: dict[str, Any] = {"writing": writing, "projections": projections, "vocabulary_size": usable}
+    if words.method == "mixed":
+        return OnPolicyLesson(student, source, terms, share=0.5 if words.share is None else words.share, **shared)
+    rows = min(_ADAPTIVE_ROWS, work.heldout.windows)
+    return AdaptiveLesson(
+        student, source, terms, heldout=work.heldout.batch(0, rows).to(work.device), buffer_rows=words.buffer,
+        first_share=words.share or 0.0, **shared,
     )  # fmt: skip
 
 

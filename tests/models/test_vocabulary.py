@@ -52,6 +52,20 @@ def test_extra_special_tokens_on_one_side(side):
 def test_extra_tokens_that_stand_for_text_are_no_subset():
     student, teacher = toy.byte_level(300), toy.byte_level(300)
     teacher.add_tokens(["weather"])
+    comparison = compare_tokenizers(student, teacher)
+    assert comparison.verdict == "different"
+    assert facts(comparison)["ids only one has"] == ("none", "1: 'weather'", "forbids")
+
+
+def test_a_hole_between_common_ids_is_no_subset():
+    def without(name):
+        def drop(words):
+            words["model"]["vocab"].pop(name)
+            words["model"]["merges"] = []
+
+        return drop
+
+    student, teacher = toy.byte_level(257), toy.changed(toy.byte_level(257), without("~"))
     assert compare_tokenizers(student, teacher).verdict == "different"
 
 

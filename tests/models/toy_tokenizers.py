@@ -8,7 +8,6 @@ from typing import Any
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from limbeck.models.token_bytes import spell_byte_level
 from limbeck.models.tokenizers import END_OF_TEXT, train_tokenizer
 
 TEXT = [
@@ -27,7 +26,7 @@ def byte_level(vocab_size: int, *, texts: list[str] | None = None) -> Any:
 
 def byte_level_of_merges(merges: list[tuple[str, str]], *, names: list[str] | None = None, split: bool = False) -> Any:
     """A byte-level BPE with these merges (of plain letters), cutting words only if `split`."""
-    alphabet = [spell_byte_level(bytes([byte])) for byte in range(256)]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocabulary = names or [END_OF_TEXT, *alphabet, *(left + right for left, right in merges)]
     tokenizer = Tokenizer(models.BPE({name: token for token, name in enumerate(vocabulary)}, merges))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=split)

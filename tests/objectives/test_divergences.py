@@ -8,10 +8,23 @@ from tests.objectives import checks
 from tests.objectives.references import BY_HAND, CASES, DIVERGENCES, REFERENCES, slow
 from torch.testing import assert_close
 
+from limbeck.core.types import DenseTargets
 from limbeck.objectives import divergences
-from limbeck.objectives.combine import logit_loss, normalised_squared_error
+from limbeck.objectives.chunked import logit_terms
+from limbeck.objectives.combine import normalised_squared_error, scored_ids, scored_rows, scored_targets
 from limbeck.objectives.divergences import cross_entropy, forward_kl
 from limbeck.objectives.sparse import COMPARISONS
+from limbeck.objectives.terms import LogitTerm
+
+
+def logit_loss(student_BTV, teacher_BTV, ids_BT, mask_BT, *, kl, ce, temperature=1.0):
+    """KL and cross entropy as a lesson puts them together: masked, weighted, summed."""
+    terms = [LogitTerm("kl", kl, "forward_kl", temperature)] if kl else []
+    terms += [LogitTerm("ce", ce, "cross_entropy")] if ce else []
+    targets = None if teacher_BTV is None else scored_targets(DenseTargets.from_logits(teacher_BTV), mask_BT)
+    return logit_terms(
+        scored_rows(student_BTV, mask_BT), lambda logits: logits, scored_ids(ids_BT, mask_BT), targets, terms
+    )
 
 
 def test_every_objective_is_tested():

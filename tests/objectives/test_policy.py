@@ -218,7 +218,7 @@ def test_chunks_do_not_matter_and_the_head_gets_its_gradient(chunk_rows):
     ids = torch.randint(6, (9,))
 
     def run(rows):
-        values = step_values(hidden, head, other, theirs, ids, teacher_share=0.3, chunk_rows=rows)
+        values = step_values(hidden, head, other, theirs, ids, teacher_share=0.3, temperature=1.6, chunk_rows=rows)
         loss = (values.divergence_N * torch.arange(9)).sum() + values.student_N.square().sum()
         return values, torch.autograd.grad(loss, [hidden, *head.parameters()])
 
@@ -229,6 +229,8 @@ def test_chunks_do_not_matter_and_the_head_gets_its_gradient(chunk_rows):
     assert_close(whole.divergence_N, (own.exp() * (own - teacher)).sum(-1))
     assert_close(whole.student_N, own[range(9), ids])
     assert_close(whole.teacher_N, teacher[range(9), ids])
+    mixed = 0.7 * (head(hidden) / 1.6).softmax(-1) + 0.3 * (theirs(other) / 1.6).softmax(-1)
+    assert_close(whole.sampler_N, mixed[range(9), ids].log())
     assert not whole.teacher_N.requires_grad
     assert not whole.sampler_N.requires_grad
 

@@ -62,7 +62,7 @@ def slow_read(columns, n, codec):
         token, heights = -1, {}
         for gap, value in zip(gaps[at : at + count], values[at : at + count]):
             token += gap + 1
-            heights[token] = value if span is None else (value / 255 - 1) * span
+            heights[token] = value if span is None else -8 * span * (255 - value) / (8 * 255 + span * value)
         at += count
         if codec.values != "float32" and heights:
             total = sum(math.exp(height) for height in heights.values())
@@ -78,14 +78,18 @@ def test_bytes_by_hand():
     log_probs = np.log(np.array([[0.5, 0.125, 0.25]]))
     tail = np.log(np.array([0.125]))
     columns = encode_targets(ids, log_probs, tail, codec=CodecSettings(300, k=3))
-    # Heights below the top: ln 1/4, ln 1/2, 0 over a range of ln 4; half way is 127.5, which rounds to the even 128.
+    # Depths below the top: ln 4, ln 2, 0. fp16 rounds the range to 1.38672, a little more than ln 4.
     span, tail_bytes = struct.pack("<e", math.log(4)), struct.pack("<e", math.log(0.125))
     assert columns == {
         "count_0": b"\x03", "gap_0": b"\x05\xfc\x00", "gap_1": b"\x00\x00\x00", "value_0": columns["value_0"],
         "range_0": span[:1], "range_1": span[1:], "tail_0": tail_bytes[:1], "tail_1": tail_bytes[1:],
     }  # fmt: skip
-    # fp16 rounds the range to 1.3867 (> ln 4), so that the lowest entry's step is 0.08 and the middle one's 127.54.
-    assert columns["value_0"] == bytes([0, 128, 255])
+    # ln 2: 255 * (1 - 0.693147 * 9.38672 / (1.38672 * 8.693147)) = 117.4; ln 4: 0.07.
+    assert columns["value_0"] == bytes([0, 117, 255])
+    # Back: 8 * 1.38672 * 138 / (8 * 255 + 1.38672 * 117) = 0.695171 below the top.
+    kept = decode_targets(columns, 1, CodecSettings(300, k=3))
+    assert kept.log_probs[0, 0] - kept.log_probs[0, 1] == pytest.approx(0.695171, abs=1e-6)
+    assert kept.log_probs[0, 0] - kept.log_probs[0, 2] == pytest.approx(1.386719, abs=1e-6)
     lossless = encode_targets(ids, log_probs, tail, codec=CodecSettings(300, k=3, values="float32"))
     order = [1, 2, 0]
     stored = np.frombuffer(b"".join(struct.pack("<f", log_probs[0, i]) for i in order), np.uint8).reshape(3, 4)
@@ -135,10 +139,15 @@ def test_entries_and_tail_sum_to_one_and_stay_close(values):
     assert (np.diff(decoded.log_probs, axis=1) <= 0).all()
     assert (decoded.ids[:, 0] == ids[:, 0]).all(), "the most likely token stays the most likely"
     exact = by_id(type(decoded)(ids, log_probs, tail, None))
-    step = (log_probs[:, 0] - log_probs[:, -1]) * {"uint8": 1 / 255, "float16": 2**-11}[values]
+    depth = log_probs[:, :1] - log_probs
+    span = depth[:, -1:]
+    # Between neighbouring levels of uint8 at a depth: the curve's derivative. The top's is the finest.
+    step = (depth + 8) ** 2 / 8 * span / (span + 8) / 255 if values == "uint8" else span * np.float32(2**-11)
+    step = np.broadcast_to(step, depth.shape)
     for row, entries in enumerate(by_id(decoded)):
-        # Half a step, a whole one beside the top, and what the rounding of the tail and the common shift add.
-        assert max(abs(entries[token] - exact[row][token]) for token in entries) < 1.5 * step[row] + 1e-3
+        for place, token in enumerate(ids[row]):
+            # Half a step, a whole one beside the top, and what the rounding of the tail and the common shift add.
+            assert abs(entries[token] - exact[row][token]) < 0.55 * step[row, place] + step[row, 0] + 1e-3
     kl = bucket_kl_nats(
         np.array([[exact[row][int(token)] for token in tokens] for row, tokens in enumerate(decoded.ids)]), tail,
         decoded.log_probs, decoded.tail_log_prob,
@@ -243,6 +252,9 @@ def test_a_near_rival_with_a_smaller_id_does_not_become_the_most_likely():
     assert decode_targets(columns, 1, codec).ids.tolist() == [[7, 2, 5]]
     equals = encode_targets(np.array([[7, 2, 5]]), np.log([[0.4, 0.4, 1e-5]]), np.log([0.19999]), codec=codec)
     assert equals["value_0"] == bytes([255, 0, 255])
+    level = encode_targets(np.array([[7, 2, 5]]), np.log([[0.25] * 3]), np.log([0.25]), codec=codec)
+    assert (level["value_0"], level["range_0"], level["range_1"]) == (b"\xff" * 3, b"\0", b"\0")
+    np.testing.assert_allclose(np.exp(decode_targets(level, 1, codec).log_probs), [[0.25] * 3], rtol=1e-3)
 
 
 def test_a_tail_to_which_nothing_is_added_keeps_every_bit():
@@ -252,14 +264,50 @@ def test_a_tail_to_which_nothing_is_added_keeps_every_bit():
     assert decode_targets(columns, 1, codec).tail_log_prob.tobytes() == tail.tobytes()
 
 
-def test_only_differences_of_heights_count():
-    ids, log_probs, tail = teacher_rows(5, 4, 100)
-    codec = CodecSettings(100, k=4)
+def test_levels_of_any_kind_are_read_as_documented():
+    ids, log_probs, tail = teacher_rows(40, 6, 100)
+    codec = CodecSettings(100, k=6)
     columns = encode_targets(ids, log_probs, tail, codec=codec)
-    values = [np.minimum(np.frombuffer(columns["value_0"], np.uint8), 205) + shift for shift in (0, 50)]
-    low, high = (decode_targets({**columns, "value_0": item.astype(np.uint8).tobytes()}, 5, codec) for item in values)
-    np.testing.assert_array_equal(low.ids, high.ids)
-    np.testing.assert_allclose(low.log_probs, high.log_probs, atol=1e-6)
+    random = np.random.default_rng(5)
+    columns["value_0"] = random.integers(0, 256, size=240, dtype=np.uint8).tobytes()  # mostly without a top level
+    columns["range_1"] = random.integers(0, 0x58, size=40, dtype=np.uint8).tobytes()  # 0 to about 128 nats
+    decoded = decode_targets(columns, 40, codec)
+    for row, (expected, _) in enumerate(slow_read(columns, 40, codec)):
+        assert by_id(decoded)[row] == pytest.approx(expected, abs=2e-6, rel=2e-6)
+
+
+@pytest.mark.parametrize("span", [0.25, 4.0, 30.0, 90.0])
+def test_levels_are_ordered_reach_both_ends_and_are_finer_towards_the_top(span):
+    codec = CodecSettings(256, k=256)
+    half = np.frombuffer(np.float16(span).tobytes(), np.uint8)
+    columns = {
+        "count_0": b"\x00", "count_1": b"\x01", "gap_0": bytes(256), "value_0": bytes(range(256)), "range_0": half[:1].tobytes(),
+        "range_1": half[1:].tobytes(), "tail_0": b"\x00", "tail_1": b"\xbc",
+    }  # fmt: skip
+    decoded = decode_targets(columns, 1, codec)
+    assert decoded.ids[0].tolist() == list(range(255, -1, -1))
+    depth = (decoded.log_probs[0, 0] - decoded.log_probs[0]).astype(np.float64)
+    assert depth[-1] == pytest.approx(span, abs=2e-5)
+    steps = np.diff(depth)
+    assert (steps > 0).all()
+    assert (np.diff(steps) > -2e-5).all()
+    assert steps[-1] / steps[0] == pytest.approx((span / 8 + 1) ** 2, rel=0.1)
+    # Every level is written as itself.
+    again = encode_targets(*decoded[:3], codec=codec)
+    if span > 1:
+        assert again == columns
+
+
+def test_levels_beat_even_steps_on_peaked_positions():
+    probs = np.tile(np.concatenate([[0.6, 0.3], np.full(30, 1e-9)]), (200, 1))
+    probs[:, 1] *= np.linspace(0.5, 1, 200)
+    tail = np.log1p(-probs.sum(axis=1))
+    ids, codec = np.tile(np.arange(32), (200, 1)), CodecSettings(100, k=32)
+    decoded = decode_targets(encode_targets(ids, np.log(probs), tail, codec=codec), 200, codec)
+    kl = bucket_kl_nats(np.log(probs), tail, decoded.log_probs, decoded.tail_log_prob)
+    # The rival stands about 1 nat deep, where a step is 0.026 nats; even steps would be 0.08 apart, nine times the loss.
+    step = (1.04 + 8) ** 2 / 8 * 20.2 / 28.2 / 255
+    assert kl.mean() == pytest.approx(0.6 * 0.225 / 0.825 * step**2 / 24, rel=0.25)
 
 
 @pytest.mark.parametrize("values", ALL_VALUES)
@@ -407,7 +455,7 @@ def test_settings_survive_json():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"format": "limbeck-targets-2"}, "newer version"),
+        ({"format": "limbeck-targets-3"}, "newer version"),
         ({"values": "uint9"}, 'unknown values "uint9"'),
         ({"values": ["uint8"]}, "unknown values"),
         ({"k": 0}, "k is 0"),

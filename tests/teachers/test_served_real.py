@@ -175,3 +175,38 @@ def test_its_text_alone(url):
     assert rows[0].completion.startswith("Hola")
     assert told.cost == pytest.approx((told.usage.prompt_tokens + 2 * told.usage.completion_tokens) / 1e6)
     assert set(told.finish_reasons) <= {"stop", "length"}
+
+
+def test_a_recipe_distils_from_it_end_to_end(url, tmp_path):
+    """Prompts, answers with log-probabilities, a store in the run folder, a student trained from it, a report."""
+    from tests import tiny
+
+    from limbeck import pipeline
+    from limbeck.recipe import Recipe
+
+    text = tiny.write_text(tmp_path / "text.jsonl")
+    architecture = {
+        "model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 64,
+        "max_position_embeddings": 64,
+    }  # fmt: skip
+    served = {
+        "url": url,
+        "model": "smollm2",
+        "max_new_tokens": 16,
+        "prompt_characters": 40,
+        "answers": 16,
+        "concurrency": 2,
+    }
+    words = {
+        "name": "served", "teacher": {"served": served}, "tokenizer": {"source": MODEL}, "student": {"architecture": architecture},
+        "data": {"train": [str(text)], "heldout": [{"source": str(text), "split": "heldout"}], "context_tokens": 32},
+        "stages": [{"kind": "distil", "tokens": 1280, "batch_tokens": 128, "learning_rate": 1e-2}],
+        "controls": {"from_scratch": False, "copied": False, "teacher_more": False, "floor": False},
+        "evaluation": {"speed": None, "prompts": ["Ada met"], "sample_tokens": 2, "max_tokens": 128},
+        "runtime": {"device": "cpu", "threads": 1},
+    }  # fmt: skip
+    facts = pipeline.run(Recipe.model_validate(words), run_folder=tmp_path / "run", progress=False)
+    curve = [loss for _, loss in facts["student"]["stages"][0]["loss_curve"]]
+    assert curve[-1] < curve[0]
+    assert facts["teaching"]["kind"] == "served"
+    assert facts["teaching"]["store_teacher"]["usage"]["now"]["answers"] >= 16

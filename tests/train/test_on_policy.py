@@ -318,9 +318,12 @@ def test_the_held_out_loss_is_looked_at_now_and_then_and_is_the_texts():
     lesson = adaptive(checks=5)
     looked = []
     lesson.notice = looked.append
+    set_dropout(lesson.student, 0.5)
+    lesson.student.train()
     for step in range(50):
         lesson.begin_update(step, 50)
     assert len(looked) == 5
+    assert lesson.student.training
     lesson.student.eval()
     with torch.no_grad():
         logits = lesson.student(lesson.heldout.input_ids_BT).logits
@@ -411,23 +414,27 @@ def every_row(prompt=(1, 3), longest=3, width=6):
     return Batch(torch.tensor(rows), torch.tensor(masks), keys=("~written",) * len(rows))
 
 
-def token_log_probs(model, batch):
+def token_log_probs(model, batch, temperature=1.0):
     """Of each row's tokens, 0 where they were not written."""
-    logp = model(batch.input_ids_BT).logits[:, :-1].log_softmax(-1)
+    logp = (model(batch.input_ids_BT).logits[:, :-1] / temperature).log_softmax(-1)
     picked = logp.gather(-1, batch.input_ids_BT[:, 1:, None]).squeeze(-1)
     return torch.where(batch.loss_mask_BT[:, 1:], picked, 0.0)
 
 
-@pytest.mark.parametrize(("share", "weights"), [(0.0, "step"), (0.0, "prefix"), (0.3, "prefix")])
-def test_the_lessons_gradient_is_that_of_the_reverse_kl_of_all_that_can_be_written(share, weights):
+@pytest.mark.parametrize(
+    ("share", "weights", "temperature"),
+    [(0.0, "step", 1.0), (0.0, "prefix", 1.0), (0.3, "prefix", 1.0), (0.3, "prefix", 1.5)],
+)
+def test_the_lessons_gradient_is_that_of_the_reverse_kl_of_all_that_can_be_written(share, weights, temperature):
     student, teacher, rows = model_of(1), model_of(2), every_row()
     lesson = minillm(
         student, source=LiveTeacher(teacher), teacher_share=share, weights=weights, normalise_length=False,
-        baseline_decay=0.9,
+        baseline_decay=0.9, writing=Writing(2, temperature=temperature),
     )  # fmt: skip
     lesson._baseline = -0.8
     own, theirs = token_log_probs(student, rows), token_log_probs(teacher, rows).detach()
-    chance = torch.where(rows.loss_mask_BT[:, 1:], (1 - share) * own.exp() + share * theirs.exp(), 1.0).prod(1).detach()
+    soft_own, soft_theirs = (token_log_probs(model, rows, temperature).detach().exp() for model in (student, teacher))
+    chance = ((1 - share) * soft_own + share * soft_theirs).prod(1)
     assert_close(float(chance.sum()), 1.0)
     parameters = list(student.parameters())
     divergence = (own.sum(1).exp() * (own - theirs).sum(1)).sum()

@@ -118,6 +118,7 @@ class Targets:
 
     hidden: hidden states [B, T, D] by layer: 0 after the embeddings, i after block i (so L is the last). features: other
     tensors by name, such as attention maps [B, H, T, T]. weight_B: how much each row's teacher counts, when several teach.
+    known_BT: True where the logits say something; None: everywhere.
     """
 
     logits: DenseTargets | SparseTargets | None = None
@@ -125,6 +126,7 @@ class Targets:
     features: Mapping[str, Tensor] = field(default_factory=dict)
     aligned: AlignedText | None = None
     weight_B: Tensor | None = None
+    known_BT: Tensor | None = None
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

@@ -100,6 +100,7 @@ class StageFacts(Facts):
     seconds: Measured = None
     final_loss: Measured = None
     loss_curve: list[tuple[float, Measured]] = Field(default_factory=list, description="[tokens seen, loss], in order")
+    warnings: list[str] = Field(default_factory=list, description="What the diagnoses of the loss gave reason to say")
 
 
 class Sample(Facts):

@@ -38,9 +38,9 @@ def write_report(run_folder: Path, facts: ReportFacts) -> Path:
     if facts.verdict is None:
         facts = facts.model_copy(update={"verdict": verdict(facts)})
     folder = Path(run_folder)
-    write_json(folder / "report.json", facts.model_dump(mode="json"))
     write_atomic(folder / "report.md", render_markdown(facts))
     write_atomic(folder / "report.html", render_html(facts))
+    write_json(folder / "report.json", facts.model_dump(mode="json"))  # last: it says that the run is finished
     return folder / "report.html"
 
 

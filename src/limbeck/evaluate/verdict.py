@@ -287,6 +287,7 @@ def _against(student: ModelFacts, control: ModelFacts, how: str, what: str) -> s
 
 def _warnings(facts: ReportFacts) -> list[str]:
     found = [*_doubts_about_controls(facts), *_doubts_about_text(facts), *_doubts_about_layers(facts)]
+    found += [f"{stage.name}: {text}" for stage in facts.student.stages for text in stage.warnings]
     if len(set(facts.run.seeds)) < 2:
         found.append("One seed: no spread is known, so a difference of a few per cent may be chance.")
     return found

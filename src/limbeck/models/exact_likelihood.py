@@ -14,6 +14,8 @@ Exact if the teacher gives no mass to token sequences that its tokenizer does no
 it writes is always what it writes for that beginning. Byte-pair merges are of this kind; a pre-tokenizer that looks
 ahead can break the second condition in rare places, and the sum then misses a term. Mass on special tokens other than
 the end of text, and on sequences no tokenizer writes, is left out and the rest scaled up.
+
+Source: the scheme of arXiv:2512.14954 for nested vocabularies; the sum above is derived here.
 """
 
 from __future__ import annotations

@@ -109,16 +109,6 @@ def leading_special_tokens(tokenizer: Any) -> list[int]:
     return []
 
 
-def is_byte_level_spelling(text: str) -> bool:
-    """Whether every character of a token's name stands for one byte in byte-level BPE."""
-    return all(character in _BYTE_OF for character in text)
-
-
-def spell_byte_level(data: bytes) -> str:
-    """Bytes as byte-level BPE writes them, one printable character each."""
-    return "".join(_CHARACTER_OF[byte] for byte in data)
-
-
 def _byte_level_table() -> dict[str, int]:
     """Printable Latin-1 characters stand for themselves, the other bytes for the characters from U+0100 on.
 
@@ -130,12 +120,13 @@ def _byte_level_table() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_level_table()
-_CHARACTER_OF = {byte: character for character, byte in _BYTE_OF.items()}
 
 
 def _byte_level(name: str) -> bytes:
     """A name outside the table is a token written as it is, as the library's own decoder takes it."""
-    return bytes(_BYTE_OF[character] for character in name) if is_byte_level_spelling(name) else name.encode()
+    if all(character in _BYTE_OF for character in name):
+        return bytes(_BYTE_OF[character] for character in name)
+    return name.encode()
 
 
 def _sentence_piece(name: str) -> bytes:

@@ -16,7 +16,7 @@ from limbeck.models.token_bytes import PROBES, encode_text
 
 Verdict = Literal["identical", "padded", "subset", "different"]
 _SHOWN = 3
-_MODEL_KEYS = ("type", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "unk_token", "ignore_merges")
+_MODEL_KEYS = ("type", "byte_fallback", "continuing_subword_prefix", "end_of_word_suffix", "ignore_merges")
 _WITHOUT_EFFECT = ("trim_offsets",)
 
 
@@ -108,18 +108,17 @@ def compare_tokenizers(
             )
     clashes = sorted(token for token in names[0].keys() & names[1].keys() if names[0][token] != names[1][token])
     alone = names[0].keys() - names[1].keys(), names[1].keys() - names[0].keys()
-    behaviour = _behaviour_facts(student, teacher)
-    extra_is_special = all(
-        _is_special(tokenizer, token) for tokenizer, ids in zip((student, teacher), alone) for token in ids
-    )
     first_extra = min((min(ids) for ids in alone if ids), default=None)
     common = max(names[0].keys() & names[1].keys(), default=-1) + 1
-    is_different = bool(clashes) or not extra_is_special or any(f.matters and not f.is_same for f in behaviour)
-    if first_extra is not None and first_extra < common:
-        is_different = True
-    verdict, usable = _verdict(is_different, first_extra, rows)
-    facts = (*_size_facts(rows, needed), *_id_facts(names, clashes, alone), *behaviour, *_role_facts(student, teacher))
-    return TokenizerComparison(verdict, usable, facts)
+    extra_matters = (first_extra is not None and first_extra < common) or not all(
+        _is_special(tokenizer, token) for tokenizer, ids in zip((student, teacher), alone) for token in ids
+    )
+    facts = (
+        *_size_facts(rows, needed), *_id_facts(names, clashes, alone, extra_matters), *_behaviour_facts(student, teacher),
+        *_role_facts(student, teacher),
+    )  # fmt: skip
+    is_different = any(fact.matters and not fact.is_same for fact in facts)
+    return TokenizerComparison(*_verdict(is_different, first_extra, rows), facts)
 
 
 def require_same_tokens(comparison: TokenizerComparison, *, asked_for: str) -> int:
@@ -157,7 +156,10 @@ def _size_facts(rows: tuple[int, int], needed: tuple[int, int]) -> list[Compared
 
 
 def _id_facts(
-    names: tuple[dict[int, str], dict[int, str]], clashes: list[int], alone: tuple[set[int], set[int]]
+    names: tuple[dict[int, str], dict[int, str]],
+    clashes: list[int],
+    alone: tuple[set[int], set[int]],
+    extra_matters: bool,
 ) -> list[ComparedFact]:
     facts = [
         ComparedFact(f"id {token}", repr(names[0][token]), repr(names[1][token]), False, True)
@@ -174,7 +176,7 @@ def _id_facts(
         ]
     if any(alone):
         one, other = (_some(ids, names[side]) for side, ids in enumerate(alone))
-        facts.append(ComparedFact("ids only one has", one, other, False))
+        facts.append(ComparedFact("ids only one has", one, other, False, extra_matters))
     return facts
 
 

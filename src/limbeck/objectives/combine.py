@@ -1,4 +1,4 @@
-"""The one place that masks, weighs and sums losses over tokens."""
+"""The one place that masks: from tensors over positions to rows that are scored. `chunked` weighs and sums them."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import torch
 from torch import Tensor
 
 from limbeck.core.types import DenseTargets, SparseTargets
-from limbeck.objectives.divergences import cross_entropy, forward_kl
 
 
 def scored_rows(values_BTX: Tensor, loss_mask_BT: Tensor) -> Tensor:
@@ -34,41 +33,6 @@ def scored_targets(
         scored_rows(targets.tail_log_prob_BT, loss_mask_BT),
         None if weights is None else scored_rows(weights, loss_mask_BT),
     )
-
-
-def logit_loss(
-    student_logits_BTV: Tensor,
-    teacher_logits_BTV: Tensor | None,
-    input_ids_BT: Tensor,
-    loss_mask_BT: Tensor,
-    *,
-    kl: float,
-    ce: float,
-    temperature: float = 1.0,
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Weighted sum over scored tokens of KL(teacher || student) and cross-entropy, in nats.
-
-    Logits at position t-1 are scored against the token at t wherever `loss_mask_BT` is True at t: padding, first
-    tokens of documents and position 0 never count. Only scored positions are touched, so their number sets the cost.
-    The KL term is multiplied by temperature**2, so that its gradients keep their size (Hinton et al. 2015, section 2).
-    Returns the sum (a scalar; divide by the count of scored tokens for nats per token) and each unweighted term's sum.
-
-    Raises: ValueError when a KL is asked for without teacher logits.
-    """
-    scored_BT = loss_mask_BT[:, 1:]
-    student_NV = student_logits_BTV[:, :-1][scored_BT].unsqueeze(0)
-    total = student_NV.new_zeros(())
-    terms: dict[str, Tensor] = {}
-    if ce:
-        terms["ce"] = cross_entropy(student_NV, input_ids_BT[:, 1:][scored_BT].unsqueeze(0)).sum()
-        total = total + ce * terms["ce"]
-    if kl:
-        if teacher_logits_BTV is None:
-            raise ValueError("a KL term needs the teacher's logits")
-        teacher_NV = teacher_logits_BTV[:, :-1][scored_BT].unsqueeze(0)
-        terms["kl"] = forward_kl(student_NV, teacher_NV, temperature=temperature).sum()
-        total = total + kl * temperature**2 * terms["kl"]
-    return total, {name: term.detach() for name, term in terms.items()}
 
 
 def normalised_squared_error(

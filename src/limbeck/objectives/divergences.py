@@ -101,7 +101,7 @@ def jensen_shannon(student_BTV: Tensor, teacher_BTV: Tensor, *, beta: float = 0.
 
     Small beta behaves as beta times forward KL, beta near 1 as (1 - beta) times reverse KL. Returns [B, T] nats, from 0
     (exactly on equals) to at most log 2.
-    Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, equation 1.
+    Source: Agarwal et al. 2024 (GKD), arXiv:2306.13649, section 2.
 
     Raises: ValueError unless 0 < beta < 1.
     """
@@ -167,7 +167,7 @@ def alpha_beta(student_BTV: Tensor, teacher_BTV: Tensor, *, alpha: float = 0.2, 
 
     alpha 1, beta 0 is forward KL; alpha 0, beta 1 is reverse KL (both as limits). Larger alpha cares more for where
     the teacher is sure, larger beta for where the student is. Returns [B, T], >= 0, zero on equals up to rounding.
-    Source: Wang et al. 2025 (ABKD), arXiv:2505.04560, definition 3.1; Cichocki et al. 2011, equation 19.
+    Source: Wang et al. 2025 (ABKD), arXiv:2505.04560; Cichocki et al. 2011, Entropy 13, 134-170.
 
     Raises: ValueError when alpha or beta is negative or both are 0.
     """
@@ -199,7 +199,7 @@ def sorted_earth_mover(student_BTV: Tensor, teacher_BTV: Tensor) -> Tensor:
     """Sum of |p_(i) - q_(i)| over ranks i, each side sorted by itself: the shapes match, which token is which does not count.
 
     Returns [B, T] from 0 (on equals, and on permutations of them) to 2; not nats. Sorts both vocabularies.
-    Source: Boizard et al. 2024 (Universal Logit Distillation), arXiv:2402.12030, equation 4.
+    Source: Boizard et al. 2024 (Universal Logit Distillation), arXiv:2402.12030, section 3.
     """
     teacher_BTV = teacher_BTV.exp().sort(dim=-1, descending=True).values
     return (teacher_BTV - student_BTV.exp().sort(dim=-1, descending=True).values).abs().sum(-1)

@@ -28,7 +28,7 @@ def hidden_mse(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
 
     Returns [B, T] in squared units of the hidden states, >= 0, zero exactly on equals. Its size is the teacher's:
     choose the weight accordingly, or take `hidden_cosine`.
-    Source: Romero et al. 2015, arXiv:1412.6550, equation 3 (half of the sum there; the mean here).
+    Source: Romero et al. 2015, arXiv:1412.6550 (half of the sum there; the mean here).
     """
     _require_same_shape("hidden_mse", student_BTD, teacher_BTD, "a projection of the student's hidden states")
     return (_wide(student_BTD) - _wide(teacher_BTD).detach()).square().mean(-1)

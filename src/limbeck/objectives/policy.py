@@ -136,7 +136,7 @@ def future_rewards(reward_BT: Tensor, written_BT: Tensor, *, normalise_length: b
     """Sum [B, T] of the rewards of the written tokens after each one; 0 after the last.
 
     normalise_length: their mean instead, so that a long continuation does not count more than a short one.
-    Source: arXiv:2306.08543, equation 8 (there the division by the number of steps left).
+    Source: arXiv:2306.08543, section 2.2, length normalisation (there the division by the number of steps left).
     """
     sums_BT = _after(torch.where(written_BT, reward_BT, 0.0))
     if not normalise_length:
@@ -176,7 +176,7 @@ def approximate_credit(
     mixture wrote: of three tokens and a share of 0.2 it was about a fifth off the true one in the median of 20 random pairs
     of models, not much less than without weights, while the weights stay below 1 / (1 - share) at any length. A
     baseline that does not depend on the rows changes the variance and nothing else.
-    Source: arXiv:2306.08543, equations 5 to 9. Deviation: the step's own KL has weight 1 where equation 9 has the
+    Source: arXiv:2306.08543, section 2.2. Deviation: the step's own KL has weight 1 where the paper has the
     weight of y_t. That KL does not depend on y_t, and the weight is 1 in expectation, so only noise is left out; the
     published code does the same.
     """
@@ -199,7 +199,7 @@ def unbiased_credit(
 
     Without length normalisation the gradient of `policy_gradient` is, in expectation, that of the reverse KL of the
     whole continuation. The weights are products, so their variance grows with its length.
-    Source: arXiv:2306.08543, equation 7 before its approximation.
+    Source: arXiv:2306.08543, section 2.2, importance weights before their approximation.
     """
     weight_BT = prefix_weights(student_BT, sampler_BT, written_BT)
     reward_BT = weight_BT * (teacher_BT - student_BT).detach()
@@ -213,7 +213,7 @@ def policy_gradient(divergence_BT: Tensor, student_BT: Tensor, credit: Credit) -
 
     divergence_BT, student_BT: the KL of each step and the written token's log-probability; gradients flow through both.
     The part that credits tokens for what comes after them has the value 0, so that sums of the loss stay reverse KLs.
-    Source: arXiv:2306.08543, equation 6, single-step decomposition.
+    Source: arXiv:2306.08543, section 2.2, single-step decomposition.
     """
     credited_BT = credit.advantage_BT * student_BT
     return credit.step_weight_BT * divergence_BT - (credited_BT - credited_BT.detach())

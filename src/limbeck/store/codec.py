@@ -15,7 +15,9 @@ significant) of every number, m bytes. Numbers are little-endian, floats IEEE 75
 - `gap`, N unsigned numbers of as many bytes as vocabulary_size - 1 needs (1 to 3). Within a position entries are in
   ascending order of id: the first gap is the id, every further one is id - previous id - 1.
 - `value`, N numbers in the order of the gaps. The top of a position is its largest log-probability.
-  - uint8 (1 byte): q; the entry's height is h = (q / 255 - 1) * range, in nats below the top.
+  - uint8 (1 byte): q; the entry's height is h = -8 * range * (255 - q) / (8 * 255 + range * q), in nats below the top:
+    q = 255 is the top and q = 0 is -range. A depth v = -h is written as 255 * (1 - v * (range + 8) / (range * (v + 8)))
+    rounded, from 0 to 255 (254 for entries below the top); as 255 when the range is 0 and v is.
   - float16: the height itself, 0 for the top.
   - float32: the log-probability, bit for bit.
 - `range`, n float16, with uint8 values only: distance in nats from the top of a position to its lowest entry.
@@ -23,8 +25,10 @@ significant) of every number, m bytes. Numbers are little-endian, floats IEEE 75
 - `weight`, N float32, with sampled targets only.
 
 For uint8 and float16 values log p = h - logsumexp(h over the position) + log(1 - exp(tail)), so that kept entries and
-tail always sum to one; this spares the top's own value. Decoded entries come in descending order of log-probability,
-equal ones by ascending id.
+tail always sum to one; this spares the top's own value. An error of d nats in an entry of probability p costs about
+p * d^2 / 2 nats of KL, so levels are close where p is large and (v / 8 + 1)^2 times as far apart at depth v; the curve
+needs only + - * /, which every machine rounds alike. Decoded entries come in descending order of log-probability, equal
+ones by ascending id.
 
 **Columns of a block of hidden states** [n, D], row by row: `hidden`, n * D float32, float16 or int8; with int8 also `scale`,
 n float32, which multiply.
@@ -44,13 +48,14 @@ import numpy as np
 from limbeck.core.errors import StoreError, unknown_name
 from limbeck.store.planes import Array, Columns, bytes_for, check_block, damaged, join_planes, split_planes
 
-FORMAT = "limbeck-targets-1"
+FORMAT = "limbeck-targets-2"
 VALUE_BYTES = {"uint8": 1, "float16": 2, "float32": 4}
 HIDDEN_BYTES = {"int8": 1, "float16": 2, "float32": 4}
 MOST_VOCABULARY = 2**24
-LEAST_LOG_PROB = (
-    -100.0
-)  # less is no mass in float32, and one such entry would stretch a position's range for all others
+# Less is no mass in float32, and one such entry would stretch a position's range for all others.
+LEAST_LOG_PROB = -100.0
+# The uint8 curve's one constant: of 4 to 24, the least of the larger mean KL over encyclopedic and tabular text.
+BEND_NATS = 8.0
 SUM_TOLERANCE = 1e-2  # how far kept mass and tail together may be from one
 
 
@@ -58,10 +63,10 @@ SUM_TOLERANCE = 1e-2  # how far kept mass and tail together may be from one
 class CodecSettings:
     """How targets are written; part of a store's manifest, and all that a reader needs.
 
-    vocabulary_size: ids are below it. values: "uint8" (256 steps between the highest and the lowest log-probability of a
-    position), "float16", or "float32" (lossless). k: most entries of a position. mass: of each position keep the fewest
-    entries that reach this probability (at least one, at most k); 1 keeps all that are given. sampled: entries carry
-    weights, and none is ever dropped, for that would bias the estimate they are for.
+    vocabulary_size: ids are below it. values: "uint8" (256 levels from the highest to the lowest log-probability of a
+    position, finer near the highest), "float16", or "float32" (lossless). k: most entries of a position. mass: of each
+    position keep the fewest entries that reach this probability (at least one, at most k); 1 keeps all that are given.
+    sampled: entries carry weights, and none is ever dropped, for that would bias the estimate they are for.
     Raises StoreError for settings that cannot be.
     """
 
@@ -168,7 +173,7 @@ def encode_targets(
         arrays["value"] = height[used]
         if codec.values == "uint8":
             arrays["range"] = np.abs(height.min(axis=1, initial=0.0)).astype("<f2")
-            arrays["value"] = _quantised(height, arrays["range"])[used]
+            arrays["value"] = _levels(-height, arrays["range"])[used]
     if rows.weights is not None:
         arrays["weight"] = rows.weights[used]
     return {
@@ -332,12 +337,13 @@ def _by_id(rows: SparseRows, codec: CodecSettings) -> SparseRows:
     return SparseRows(ids, sort[1], rows.tail_log_prob, weights)
 
 
-def _quantised(height: Array, span: Array) -> Array:
-    """Heights [n, K] <= 0 in 255 steps of each position's range."""
+def _levels(depth: Array, span: Array) -> Array:
+    """Depths below the top [n, K] as the nearest of the 256 levels of each position's range [n]."""
     wide = span.astype(np.float64)[:, None]
-    steps = np.rint((height / np.where(wide > 0, wide, 1.0) + 1) * 255).clip(0, 255)
-    # Only the top may stand on the top step, or a near rival with a smaller id would decode as the most likely token.
-    return np.where((height < 0) & (steps == 255), 254, steps)
+    share = depth * (wide + BEND_NATS) / (np.where(wide > 0, wide, 1.0) * (depth + BEND_NATS))
+    levels = np.rint(255 * (1 - share)).clip(0, 255)
+    # Only the top may stand on the top level, or a near rival with a smaller id would decode as the most likely token.
+    return np.where((depth > 0) & (levels == 255), 254, levels)
 
 
 def _heights(arrays: Mapping[str, Array], used: Array) -> Array:
@@ -346,7 +352,8 @@ def _heights(arrays: Mapping[str, Array], used: Array) -> Array:
         span = arrays["range"].astype(np.float64)
         if not ((span >= 0) & np.isfinite(span)).all():
             raise damaged("range", "it holds a number that is no distance")
-        return np.where(used, (_filled(used, arrays["value"], 0.0) / 255 - 1) * span[:, None], -np.inf)
+        wide, levels = span[:, None], _filled(used, arrays["value"], 0.0).astype(np.float64)
+        return np.where(used, -BEND_NATS * wide * (255 - levels) / (BEND_NATS * 255 + wide * levels), -np.inf)
     return _filled(used, arrays["value"], -np.inf).astype(np.float64)
 
 

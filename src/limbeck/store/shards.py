@@ -221,9 +221,7 @@ class ShardReader:
         self.path, self.form = Path(folder) / facts.file, form
         problem = shard_problem(folder, facts, checksum=check)
         if problem:
-            raise StoreError(
-                f"{problem} Restore the file, or remove it and give the capture command again with the same text."
-            )
+            raise StoreError(f"{problem} Restore the file from a copy, or capture into a new folder.")
         try:
             self.file = pq.ParquetFile(self.path, memory_map=True)
         except (pa.ArrowException, OSError) as error:
@@ -255,7 +253,7 @@ class ShardReader:
         try:
             return read()
         except (pa.ArrowException, OSError) as error:
-            raise StoreError(f"{self.path}: damaged ({_first_line(error)}). Restore the file.") from error
+            raise StoreError(f"{self.path}: damaged ({_first_line(error)}). Restore the file from a copy.") from error
 
 
 def row_columns(table: Any, place: int) -> Columns:

@@ -40,7 +40,7 @@ class TargetStore:
         for shard in self.manifest.shards:
             problem = shard_problem(self.folder, shard, checksum=False)
             if problem:
-                raise StoreError(f"{problem} Restore the file, or capture again.")
+                raise StoreError(f"{problem} Restore the file from a copy, or capture into a new folder.")
         self._ends = np.cumsum([shard.rows for shard in self.manifest.shards], dtype=np.int64)
         self._readers: OrderedDict[int, ShardReader] = OrderedDict()
         self._checked: set[int] = set()

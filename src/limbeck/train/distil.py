@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.types import AlignedText, Batch, DenseTargets, SparseTargets, Targets
+from limbeck.core.types import AlignedText, Batch, Targets
 from limbeck.models.features import FeatureRecorder, FeatureRecording, features_of, wanted_features
 from limbeck.models.heads import SplitModel
 from limbeck.models.layer_maps import LayerPair
 from limbeck.models.projections import FeatureProjections
 from limbeck.objectives.chunked import logit_terms
+from limbeck.objectives.combine import scored_ids, scored_rows, scored_targets
 from limbeck.objectives.cross_tokenizer import border_earth_movers, chunk_likelihood, chunk_log_probs, target_log_probs
 from limbeck.objectives.features import FEATURE_OBJECTIVES, feature_loss, feature_positions
 from limbeck.objectives.terms import LOGIT_OBJECTIVES, LogitTerm
@@ -158,12 +159,12 @@ class DistilLesson(Lesson):
         ]
         total = hidden_BTD.new_zeros((), dtype=torch.float32)
         found: dict[str, Tensor] = {}
-        scored_BT = batch.loss_mask_BT[:, 1:]
+        mask_BT = batch.loss_mask_BT
         if terms:
             total, found = logit_terms(
-                hidden_BTD[:, :-1][scored_BT], self._split[0].head, batch.input_ids_BT[:, 1:][scored_BT],
-                _pick(targets.logits, scored_BT), terms, head_parameters=self._split[0].head_parameters(),
-                teacher_weight_N=_row_weights(targets, scored_BT), diagnose=diagnose,
+                scored_rows(hidden_BTD, mask_BT), self._split[0].head, scored_ids(batch.input_ids_BT, mask_BT),
+                scored_targets(targets.logits, mask_BT), terms, head_parameters=self._split[0].head_parameters(),
+                teacher_weight_N=_row_weights(targets, mask_BT), diagnose=diagnose,
             )  # fmt: skip
         for term in self.terms:
             if self._is_crossed(term):
@@ -242,21 +243,13 @@ class DistilLesson(Lesson):
         )
 
 
-def _pick(targets: DenseTargets | SparseTargets | None, scored_BT: Tensor) -> DenseTargets | SparseTargets | None:
-    """The targets at positions whose next token is scored, as rows."""
-    if targets is None:
+def _row_weights(targets: Targets, mask_BT: Tensor) -> Tensor | None:
+    """What the teacher counts at each scored position: less where several teach, nothing where it does not know."""
+    if targets.weight_B is None and targets.known_BT is None:
         return None
-    if isinstance(targets, DenseTargets):
-        return DenseTargets(targets.hidden_BTD[:, :-1][scored_BT], targets.head)
-    weights = targets.weights_BTK
-    return SparseTargets(
-        targets.ids_BTK[:, :-1][scored_BT], targets.log_probs_BTK[:, :-1][scored_BT],
-        targets.tail_log_prob_BT[:, :-1][scored_BT], None if weights is None else weights[:, :-1][scored_BT],
-    )  # fmt: skip
-
-
-def _row_weights(targets: Targets, scored_BT: Tensor) -> Tensor | None:
-    """What each scored position's teacher counts, when several teach."""
-    if targets.weight_B is None:
-        return None
-    return targets.weight_B.unsqueeze(1).expand_as(scored_BT)[scored_BT]
+    weight_BT = torch.ones(mask_BT.shape, device=mask_BT.device)
+    if targets.weight_B is not None:
+        weight_BT = weight_BT * targets.weight_B.unsqueeze(1)
+    if targets.known_BT is not None:
+        weight_BT = weight_BT * targets.known_BT
+    return scored_rows(weight_BT, mask_BT)

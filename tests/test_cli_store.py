@@ -52,5 +52,9 @@ def test_faults_end_with_2_and_one_message(place):
     shard.write_bytes(shard.read_bytes()[:-7])
     assert "truncated" in call("store", "verify", place / "hurt", code=2).stdout
     assert "Traceback" not in call("store", "inspect", place / "nowhere", code=2).stderr
+    stage = "stages=[{kind: distil, tokens: 320, batch_tokens: 320, learning_rate: 1e-3}]"
+    words = [f"teacher={{store: {place / 'nowhere'}}}", "student={source: embedded}", stage]
+    result = call("run", place / "recipe.yaml", *words, "controls={}", "--run-folder", place / "run", code=2)
+    assert "not a target store" in result.stderr
     result = call("capture", place / "recipe.yaml", "teacher={itself: {}}", "student={source: x}", "stages=[]", code=2)
     assert "stages" in result.stderr

@@ -272,6 +272,27 @@ def test_a_misspelt_key_is_not_reported_as_missing_too():
     assert len(refusal(GOOD.replace("batch_tokens: 1024", "batch_tokns: 1024")).splitlines()) == 1
 
 
+@pytest.mark.parametrize(
+    ("term", "words"),
+    [
+        ("weight: {start: 0, end: 1, shap: linear}", 'weight.shap: unknown key "shap". Did you mean "shape"?'),
+        ("weight: {start: -1, end: 1}", "weight.start: must be at least 0"),
+        ("weight: -1", "weight: must be at least 0"),
+        ("weight: lots", "weight: expected a number"),
+        ("weigth: 1", 'weigth: unknown key "weigth". Did you mean "weight"?'),
+    ],
+)
+def test_a_fault_in_a_term_of_the_loss_is_told_once_and_by_its_own_keys(term, words):
+    stage = f"{{kind: distil, tokens: 512, batch_tokens: 256, learning_rate: 1e-3, objectives: [{{objective: forward_kl, {term}}}]}}"
+    message = refusal(
+        "name: x\nteacher: {source: embedded}\ndata: {train: [factbook], heldout: [factbook], context_tokens: 64}\nstages:\n"
+        f"  - {stage}\n"
+    )
+    assert f"stages[0].objectives[0].{words}" in message
+    assert "constrained" not in message
+    assert len(message.splitlines()) == 1
+
+
 def test_numbers_and_defaults():
     recipe = parse_recipe(GOOD)
     assert recipe.stages[0].tokens == recipe.stages[1].tokens == 300_000

@@ -63,7 +63,7 @@ def equal_flops_stages(recipe: Recipe, student: Any, teacher: Any) -> list[Any]:
     control = compared_control(recipe)
     assert control is not None
     plans = assembly.stage_plans(recipe, recipe.stages, student, teacher)
-    spent = sum(plan.settings.tokens * plan.settings.flops_per_token for plan in plans)
+    spent = sum(plan.settings.steps * plan.settings.batch_tokens * plan.settings.flops_per_token for plan in plans)
     tokens = spent / (3 * forward_flops_per_token(student, recipe.data.context_tokens))
     batch = recipe.stages[-1].batch_tokens
     whole = max(1, round(tokens / batch)) * batch

@@ -89,7 +89,12 @@ def _differences(one: Any, other: Any, path: str = "") -> list[str]:
 
 
 def open_teacher(recipe: Recipe, device: torch.device) -> LoadedTeacher | None:
-    """The recipe's teacher as a model; None when the recipe pre-trains, or the teacher is no model that can be loaded."""
+    """The recipe's teacher as a model; None when the recipe pre-trains, or the teacher is no model that can be loaded.
+
+    Raises: StoreError when the recipe's target store is missing, unfinished or damaged; TeacherError.
+    """
+    if recipe.teacher is not None and recipe.teacher.store is not None:
+        TargetStore(Path(recipe.teacher.store).expanduser())
     if recipe.teacher is None or recipe.teacher.start is None:
         return None
     from limbeck.teachers.live import load_live_model
@@ -294,7 +299,8 @@ def _settings(
         flops = forward_flops_per_token(teacher, context) + 3 * _mixer_flops(student, context)
     else:
         flops = 3 * forward_flops_per_token(student, context)
-        flops += teaching_flops(recipe, student, teacher) if spec.kind == "distil" else 0.0
+        asks = spec.kind == "distil" and any(term.objective != "cross_entropy" for term in spec.terms())
+        flops += teaching_flops(recipe, student, teacher) if asks else 0.0
     rate = recipe.runtime
     return StageSettings(
         name=name, tokens=tokens, batch_tokens=spec.batch_tokens, micro_batch_sequences=spec.micro_batch_sequences, optimizer=spec.optimizer,

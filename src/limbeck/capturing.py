@@ -162,7 +162,7 @@ def _ask_served(
         temperature=words.temperature, seed=recipe.seed,
     )  # fmt: skip
     codec = CodecSettings(served.vocabulary_size, values=recipe.capture.values, k=words.top_logprobs)
-    name = {"name": f"{words.model} at {words.url}", "fingerprint": None}
+    name = {"name": words.model, "url": words.url, "fingerprint": None}
     manifest = Manifest(
         "targets", name, tokenizer_fingerprint(tokenizer), served.vocabulary_size, codec.to_json(),
         rows_per_shard=recipe.capture.rows_per_shard, context_tokens=recipe.data.context_tokens,
@@ -205,7 +205,7 @@ def _ask_closed(
         endpoint, max_new_tokens=words.max_new_tokens, temperature=words.temperature, seed=recipe.seed,
         input_price=words.input_price, output_price=words.output_price,
     )  # fmt: skip
-    name = {"name": f"{words.model} at {words.url}", "fingerprint": None}
+    name = {"name": words.model, "url": words.url, "fingerprint": None}
     sink = RowSink(folder, Manifest("text", name, None, None, None, rows_per_shard=recipe.capture.rows_per_shard))
     take = _counting(sink, show, stop, lambda record: len(record.completion) // 4)
     prompts = list(_prompts(recipe, words))

@@ -146,7 +146,7 @@ def _table(title: str | None, *, show_header: bool = True) -> Any:
 
 def _label(name: str) -> str:
     """A key as people read it; the unit stands with the value."""
-    return re.sub(r"(?<!parameter) (bytes|seconds)$", "", name.replace("_", " "))
+    return re.sub(r"(?<!parameter)(?<!token) (bytes|seconds)$", "", name.replace("_", " "))
 
 
 def _flat(rows: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:

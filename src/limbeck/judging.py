@@ -116,7 +116,7 @@ def worth(work: Run, scores: dict[str, TextScore], differences: Sequence[PairedD
     if control not in scores:
         return None
     everyone = [paired_difference(scores[control], scores["student"]), *differences]
-    return teacher_worth(control, [one.nats for one in everyone], [one.standard_error or 0.0 for one in everyone])
+    return teacher_worth(control, [one.nats for one in everyone], [one.standard_error for one in everyone])
 
 
 def save_student(work: Run, student: Any) -> None:

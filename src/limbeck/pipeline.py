@@ -183,7 +183,8 @@ def train_arm(work: Run, arm: Arm) -> ArmResult:
     begun = time.monotonic()
     model = arm.build().to(work.device)
     if work.recipe.runtime.gradient_checkpointing:
-        model.gradient_checkpointing_enable()
+        # Reentrant checkpointing would hide the gradient of recorded hidden states, and that of adapters.
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     results: list[StageResult] = []
     sample = 0
     for spec in arm.stages:

@@ -28,7 +28,7 @@ def explain(error: ValidationError, data: Any, origins: Mapping[Place, str]) -> 
 
     data: the recipe as it was read. origins: in reading order, where each place came from (file and line, or override).
     """
-    problems = [problem for details in error.errors() for problem in _problems(details, data)]
+    problems = [p for details in error.errors() if not _is_other_form(details) for p in _problems(details, data)]
     order = {place: number for number, place in enumerate(origins)}
     guessed = {_near_key(place, data) for place, text in problems if text.startswith("unknown key")}
     lines: list[tuple[int, str]] = []
@@ -60,17 +60,31 @@ def _problems(details: ErrorDetails, data: Any) -> Iterator[tuple[Place, str]]:
 
 
 def _place_of(loc: tuple[int | str, ...]) -> Place:
-    """Pydantic's location without the name of the union's member, which is no key of the recipe."""
+    """Pydantic's location without the names of unions' members, which are no keys of the recipe."""
     if len(loc) > 2 and loc[0] == "stages" and loc[2] in STAGE_KINDS:
-        return (*loc[:2], *loc[3:])
-    return loc
+        loc = (*loc[:2], *loc[3:])
+    return tuple(step for step in loc if step not in _WEIGHT_FORMS)
+
+
+# Pydantic's names for the two forms of a weight: a number, or a ramp.
+_WEIGHT_FORMS = ("constrained-float", "Ramp")
+
+
+def _is_other_form(details: ErrorDetails) -> bool:
+    """Whether a fault is of the form of a weight that was not meant: a ramp is no number, a number no ramp."""
+    is_mapping = isinstance(details["input"], Mapping)
+    if details["loc"][-1:] == ("constrained-float",):
+        return is_mapping
+    return details["loc"][-1:] == ("Ramp",) and not is_mapping
 
 
 def _part_at(place: Place, data: Any) -> type[Part]:
     """The class that describes the mapping at a place."""
     if len(place) > 1 and place[0] == "stages":
-        return STAGE_KINDS[data["stages"][place[1]]["kind"]]
-    part: type[Part] = Recipe
+        part: type[Part] = STAGE_KINDS[data["stages"][place[1]]["kind"]]
+        place = place[2:]
+    else:
+        part = Recipe
     for step in place:
         if isinstance(step, str):
             part = next(_parts_in(part.model_fields[step].annotation))

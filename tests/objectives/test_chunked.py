@@ -353,8 +353,12 @@ def test_no_tensor_of_all_logits_is_made():
 def test_automatic_chunks_bound_the_memory():
     hidden = torch.empty(0, 16)
     weight = torch.empty(150_000, 16, device="meta")
-    assert chunked._rows_within(hidden, [weight]) * 150_000 * 4 <= chunked.CHUNK_BYTES["cpu"]
-    assert chunked._rows_within(hidden, [torch.empty(10**9, 1, device="meta")]) == 1
+    wide = nn.Linear(16, 150_000, bias=False, device="meta")
+    assert chunked._rows_within(hidden, wide, [weight]) * 150_000 * 4 <= chunked.CHUNK_BYTES["cpu"]
+    assert chunked._rows_within(hidden, wide, [torch.empty(10**9, 1, device="meta")]) == 1
+    # A head that is not trained has no parameters to tell, and is as wide.
+    frozen = chunked._rows_within(torch.ones(3, 16), nn.Linear(16, 5_000), [])
+    assert 0.9 * chunked.CHUNK_BYTES["cpu"] < frozen * 5_000 * 4 <= chunked.CHUNK_BYTES["cpu"]
 
 
 def test_scored_rows_shift_the_mask():

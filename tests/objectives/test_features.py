@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from limbeck.core.errors import RecipeError
 from limbeck.objectives.features import (
     FEATURE_OBJECTIVES,
     attention_kl,
@@ -393,7 +394,7 @@ def test_refusals_say_what_to_do():
         linear_cka(draw(1, 2, 4), draw(1, 3, 4))
     with pytest.raises(ValueError, match="temperature must be positive"):
         contrastive(draw(1, 2, 4), draw(1, 2, 4), temperature=0.0)
-    with pytest.raises(ValueError, match="value_relation and qkv_relation"):
+    with pytest.raises(RecipeError, match="value_relation and qkv_relation"):
         attention_kl(maps(1), maps(2, heads=2))
     with pytest.raises(ValueError, match="multiple"):
         mixing_matrix_distance(maps(1), maps(2, heads=2))

@@ -81,3 +81,15 @@ def test_a_store_of_another_kind(tmp_path):
         RowSink(tmp_path / "s", Manifest("text", {"name": "closed", "fingerprint": "other"}, rows_per_shard=4))
     with pytest.raises(StoreError, match="teacher closed against open"):
         RowSink(tmp_path / "s", Manifest("text", {"name": "open", "fingerprint": None}, rows_per_shard=4))
+
+
+def test_an_endpoint_that_moved_goes_on_with_its_store(tmp_path):
+    def sink(model, url):
+        return RowSink(
+            tmp_path / "s", Manifest("text", {"name": model, "url": url, "fingerprint": None}, rows_per_shard=4)
+        )
+
+    sink("m", "http://wrong/v1")
+    sink("m", "http://right/v1")
+    with pytest.raises(StoreError, match="other against m|m against other"):
+        sink("other", "http://right/v1")

@@ -16,12 +16,15 @@ _T_QUANTILES = (
 )  # fmt: skip
 
 
-def teacher_worth(control: str, differences_nats: Sequence[float], standard_errors: Sequence[float]) -> TeacherWorth:
+def teacher_worth(
+    control: str, differences_nats: Sequence[float], standard_errors: Sequence[float | None]
+) -> TeacherWorth:
     """The mean lead of the student over its control in nats per token, with a 95 % interval.
 
     differences_nats: control minus student, one for each seed, on the same tokens: positive means that the teacher
     helped. standard_errors: of each over blocks of text, used when there is one seed; such an interval knows nothing of
-    how training runs differ, and the facts say so. With several seeds the interval is Student's t over the seeds.
+    how training runs differ, and the facts say so. None (a single block) leaves the interval open and the answer unclear.
+    With several seeds the interval is Student's t over the seeds.
 
     Raises: ValueError when there is no difference, or the two lists differ in length.
     """
@@ -30,7 +33,7 @@ def teacher_worth(control: str, differences_nats: Sequence[float], standard_erro
         raise ValueError("one difference and one standard error are needed for every seed")
     mean = statistics.fmean(differences_nats)
     if count == 1:
-        half = 1.96 * standard_errors[0]
+        half = math.inf if standard_errors[0] is None else 1.96 * standard_errors[0]
     else:
         quantile = _T_QUANTILES[count - 2] if count - 2 < len(_T_QUANTILES) else 1.96
         half = quantile * statistics.stdev(differences_nats) / math.sqrt(count)

@@ -65,7 +65,7 @@ def logit_terms(
         raise ValueError(f"each term needs a name of its own, got {', '.join(names)}")
     rows = student_hidden_ND.shape[0]
     if chunk_tokens is None:
-        chunk_tokens = _rows_within(student_hidden_ND, head_parameters)
+        chunk_tokens = _rows_within(student_hidden_ND, head, head_parameters)
     job = _Job(
         head, target_ids_N, targets, terms, row_weight_N, teacher_weight_N,
         chunks=[slice(low, min(low + chunk_tokens, rows)) for low in range(0, rows, chunk_tokens)],
@@ -284,9 +284,12 @@ def _entropy(logits_NV: Tensor) -> Tensor:
     return -torch.where(logp_NV == -torch.inf, 0.0, logp_NV.exp() * logp_NV).sum(-1)
 
 
-def _rows_within(hidden_ND: Tensor, head_parameters: Sequence[Tensor]) -> int:
-    """Rows of a chunk. The vocabulary is the longest first dimension of the head's parameters."""
+def _rows_within(hidden_ND: Tensor, head: Head, head_parameters: Sequence[Tensor]) -> int:
+    """Rows of a chunk. The vocabulary is the longest first dimension of the head's parameters; a frozen head is tried."""
     vocabulary = max([hidden_ND.shape[-1], *(tensor.shape[0] for tensor in head_parameters if tensor.dim())])
+    if not head_parameters and len(hidden_ND):
+        with torch.no_grad():
+            vocabulary = head(hidden_ND[:1]).shape[-1]
     budget = CHUNK_BYTES.get(hidden_ND.device.type, CHUNK_BYTES_ELSEWHERE)
     return max(1, budget // (vocabulary * hidden_ND.element_size()))
 

@@ -134,7 +134,8 @@ def _by_rows(
     chunk_rows: int | None,
 ) -> Tensor:
     if hidden_ND.shape[0] == 0:
-        return hidden_ND.new_zeros(0, dtype=torch.promote_types(hidden_ND.dtype, torch.float32))
+        # Of nothing too, so that a batch without chunks has a gradient of zero and not none at all.
+        return function(hidden_ND, other)
     if chunk_rows is None:
         with torch.no_grad():
             chunk_rows = max(1, _LOGITS_BYTES // (4 * head(hidden_ND[:1]).shape[-1]))

@@ -17,10 +17,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from limbeck.core.errors import unknown_name
+from limbeck.core.errors import RecipeError, unknown_name
 
 # Below this a probability, or a squared norm to divide by, counts as this: no infinities, no NaN.
 _LEAST = 1e-30
+
+
+class CannotCompare(RecipeError, ValueError):
+    """An objective was chosen that cannot compare this student with this teacher."""
 
 
 def hidden_mse(student_BTD: Tensor, teacher_BTD: Tensor) -> Tensor:
@@ -102,7 +106,7 @@ def contrastive(
     """
     _require_same_shape("contrastive", student_BTD, teacher_BTD, "a projection of the student's hidden states")
     if temperature <= 0:
-        raise ValueError(f"contrastive: temperature must be positive, got {temperature}")
+        raise CannotCompare(f"contrastive: temperature must be positive, got {temperature}")
     student_BTD = F.normalize(_wide(student_BTD), dim=-1)
     teacher_BTD = F.normalize(_wide(teacher_BTD).detach(), dim=-1)
     scores_BTT = student_BTD @ teacher_BTD.mT / temperature
@@ -141,7 +145,7 @@ def mixing_matrix_distance(student_BHTT: Tensor, teacher_BHTT: Tensor) -> Tensor
     """
     repeats, rest = divmod(student_BHTT.shape[1], teacher_BHTT.shape[1])
     if rest or not repeats or student_BHTT.shape[2:] != teacher_BHTT.shape[2:]:
-        raise ValueError(
+        raise CannotCompare(
             f"mixing_matrix_distance: the student has matrices {tuple(student_BHTT.shape)}, the teacher "
             f"{tuple(teacher_BHTT.shape)}; the first's heads must be a multiple of the second's, the rest equal"
         )
@@ -168,7 +172,7 @@ def value_relation(
     if relation_heads < 1 or any(width % relation_heads for width in widths):
         common = math.gcd(*widths)
         fitting = [str(n) for n in range(1, common + 1) if common % n == 0]
-        raise ValueError(
+        raise CannotCompare(
             f"relation_heads {relation_heads} does not divide the widths of both models, {widths[0]} and {widths[1]}; "
             f"choose one of {', '.join(fitting)}"
         )
@@ -227,7 +231,7 @@ def _all_true(like_BTD: Tensor) -> Tensor:
 
 def _require_same_shape(name: str, student: Tensor, teacher: Tensor, needed: str) -> None:
     if student.shape != teacher.shape:
-        raise ValueError(
+        raise CannotCompare(
             f"{name}: the student's tensor has shape {tuple(student.shape)}, the teacher's {tuple(teacher.shape)}; "
             f"this objective needs {needed}"
         )

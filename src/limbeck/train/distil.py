@@ -67,6 +67,8 @@ class DistilLesson(Lesson):
         self._split = (SplitModel(student, vocabulary_size=vocabulary_size),)
         self._progress = 0.0
         self._features = [term for term in self.terms if term.looks_at_features]
+        # Hidden states and the like do not depend on the head, nor on the blocks above them.
+        self.reaches_all = len(self._features) < len(self.terms)
         student_side, teacher_side = self._needed_features()
         self._recorder = (
             (FeatureRecorder(student, hidden=student_side[0], features=student_side[1]),) if self._features else ()

@@ -20,9 +20,11 @@ class Lesson(nn.Module):
     """A student, its targets and the loss between them. Subclasses give `forward`; the rest may be left as it is.
 
     writes_rows: whether `prepare` puts other rows in the place of a batch's, so that tokens are counted after it.
+    reaches_all: whether every trained parameter has a part in every loss; where not, processes have to find out which do.
     """
 
     writes_rows = False
+    reaches_all = True
 
     def __init__(self, student: nn.Module):
         super().__init__()

@@ -55,6 +55,11 @@ class StageSettings:
     flops_per_token: float = 0.0
     diagnoses: int = 0
 
+    @property
+    def steps(self) -> int:
+        """Updates: whole batches that fit into the tokens, one at least."""
+        return max(1, self.tokens // self.batch_tokens)
+
 
 @dataclass
 class StageResult:
@@ -124,7 +129,7 @@ class _Stage:
                 f"stages.{settings.name}.batch_tokens = {settings.batch_tokens} is {self.rows} windows of {data.context_tokens} tokens, "
                 f"which {world_size()} processes cannot share equally. Use a multiple of {world_size() * data.context_tokens}."
             )
-        self.steps = max(1, settings.tokens // settings.batch_tokens)
+        self.steps = settings.steps
         self.step, self.seconds = 0, 0.0
         self.last_terms: dict[str, float] = {}
         self.warnings: list[str] = []
@@ -140,7 +145,9 @@ class _Stage:
         self.runner: Any = lesson
         if world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
-            self.runner = DistributedDataParallel(lesson, device_ids=ids, broadcast_buffers=False)  # type: ignore[arg-type]
+            self.runner = DistributedDataParallel(
+                lesson, device_ids=ids, broadcast_buffers=False, find_unused_parameters=not lesson.reaches_all  # type: ignore[arg-type]
+            )  # fmt: skip
 
     def resume(self) -> None:
         """Go to the newest intact checkpoint, if any."""

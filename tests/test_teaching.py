@@ -339,3 +339,9 @@ def test_a_closed_teacher_beside_a_control_that_reads_the_text_itself(place, tmp
         )  # fmt: skip
     assert facts["teaching"]["store_teacher"]["usage"]["cost"] > 0
     assert facts["student"]["perplexity"] != facts["controls"]["from_scratch"]["perplexity"]
+
+
+@pytest.mark.parametrize("weight", [0.0, {"start": 0.0, "end": 0.0}])
+def test_weights_of_nothing_are_refused(place, weight):
+    with pytest.raises(ValueError, match="nothing to learn from"):
+        recipe(place, stage={"objectives": [{"objective": "forward_kl", "weight": weight}]})

@@ -119,6 +119,11 @@ class OnPolicy(Part):
 def objective_problems(objectives: list[Objective]) -> Problems:
     """What of a list of objectives cannot work."""
     problems: Problems = {}
+    if all(
+        term.weight == 0 or (isinstance(term.weight, Ramp) and term.weight.start == term.weight.end == 0)
+        for term in objectives
+    ):
+        problems["objectives"] = "every weight is 0: there is nothing to learn from"
     seen: set[str] = set()
     for index, term in enumerate(objectives):
         place = f"objectives.{index}"

@@ -85,7 +85,10 @@ def test_attention_maps_are_the_familys_own(family):
         assert model.config._attn_implementation == before
         with eager_attention(model):
             right = model(ids_BT, output_attentions=True, use_cache=False).attentions
-    assert_close(logits, plain, atol=1e-4, rtol=1e-4)
+    if (
+        family != "gemma2" or before == "eager"
+    ):  # before transformers 5.23 Gemma 2 ran without its soft-cap unless eager
+        assert_close(logits, plain, atol=1e-4, rtol=1e-4)
     for layer, name in enumerate(names):
         assert_close(recorded.features[name], right[layer], atol=0, rtol=0)
         assert_close(recorded.features[name].sum(-1), torch.ones(2, 4, 9))
@@ -225,10 +228,11 @@ def test_hooks_do_not_stay_and_runs_do_not_mix():
 
 @pytest.mark.parametrize("family", ["gemma2", "llama"])
 def test_a_hybrid_gets_each_of_its_attentions_back(family):
-    """Gemma 2 is eager by nature, and a hybrid of it is not."""
+    """Gemma 2 is eager by nature (since transformers 5.23), and a hybrid of it is not."""
+    own = fresh(family).config._attn_implementation
     student = build_student(fresh(family), mixers=["hyena", "attention"], hyena={}).eval()
     before = student.config._attn_implementation, student.backbone.config._attn_implementation
-    assert before == ("sdpa", "eager" if family == "gemma2" else "sdpa")
+    assert before == ("sdpa", own)
     recorder = FeatureRecorder(student, features=["attention.2"])
     with torch.no_grad(), recorder.recording() as recorded:
         student(token_ids(1, 4), use_cache=False)

@@ -95,7 +95,9 @@ def teaching_table(facts: ReportFacts) -> Table | None:
         return None
     rows = [["Teacher", str(teaching.get("name"))], ["Kind", str(teaching.get("kind"))]]
     if teaching.get("other_tokenizer"):
-        rows.append(["Tokens", "other than the student's; its perplexity is put in the student's tokens, by bits per byte"])
+        rows.append(
+            ["Tokens", "other than the student's; its perplexity is put in the student's tokens, by bits per byte"]
+        )
     fidelity = teaching.get("fidelity") or {}
     named = {"mean_kl_nats": "Store: mean KL to the teacher, nats", "p99_kl_nats": "Store: 99th percentile of it"}
     named |= {"mean_mass_kept": "Store: probability kept", "bytes_per_token": "Store: bytes per token"}

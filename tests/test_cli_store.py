@@ -1,6 +1,8 @@
 """The commands of the target store, as a person types them."""
 
+import importlib.util
 import json
+import sys
 
 import pytest
 from tests import tiny
@@ -58,3 +60,19 @@ def test_faults_end_with_2_and_one_message(place):
     assert "not a target store" in result.stderr
     result = call("capture", place / "recipe.yaml", "teacher={itself: {}}", "student={source: x}", "stages=[]", code=2)
     assert "stages" in result.stderr
+
+
+def test_capture_on_a_cluster_needs_ray(place, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    result = call("capture", place / "recipe.yaml", "capture.ray={workers: 2}", "--store", place / "none", code=2)
+    assert "pip install 'limbeck[ray]'" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")
+def test_a_cluster_writes_the_store_that_one_process_writes(place):
+    words = ("capture.k=4", "capture.tokens=640", "capture.rows_per_shard=8", "capture.hidden_layers=[1]")
+    capture(place, "alone", *words)
+    capture(place, "together", *words, "capture.ray={workers: 2}")
+    for shard in sorted((place / "alone").rglob("*.parquet")):
+        assert (place / "together" / shard.relative_to(place / "alone")).read_bytes() == shard.read_bytes()

@@ -12,17 +12,18 @@ from limbeck.core.runtime import StopRequest, derive_seed, is_main, pick_device,
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
 from limbeck.data.text import read_documents
+from limbeck.models.anatomy import hidden_width
 from limbeck.models.token_bytes import read_token_bytes
 from limbeck.models.tokenizers import tokenizer_fingerprint
 from limbeck.recipe import Recipe
 from limbeck.recipe_teachers import Endpoint as EndpointWords
-from limbeck.recipe_teachers import Teacher
+from limbeck.recipe_teachers import Ray, Teacher
 from limbeck.store.codec import CodecSettings
 from limbeck.store.manifest import Manifest, is_store, is_unfinished
 from limbeck.store.sink import RowSink
 from limbeck.teachers.capture import CaptureSettings, capture
-from limbeck.teachers.entries import Dense, Sampled
-from limbeck.teachers.live import LiveTeacher
+from limbeck.teachers.entries import Dense, Entries, Sampled
+from limbeck.teachers.live import LiveTeacher, load_live_model
 from limbeck.train.metrics import Progress, choose_progress
 
 _BATCH_TOKENS = 4096
@@ -62,15 +63,11 @@ def _capture_live(
     recipe: Recipe, teacher: Any, data: Mixture, folder: Path, device: Any, show: Progress, stop: StopRequest
 ) -> dict[str, Any]:
     words = recipe.capture
-    source = LiveTeacher(
-        teacher.model, name=teacher.source,
-        entries=Sampled(words.draws, seed=derive_seed(recipe.seed, "draws")) if words.targets == "sampled" else Dense(),
-    )  # fmt: skip
-    k = words.draws if words.targets == "sampled" else words.k
-    codec = CodecSettings(
-        source.vocabulary_size, values=words.values, k=min(k, source.vocabulary_size), mass=words.mass,
-        sampled=words.targets == "sampled",
-    )  # fmt: skip
+    is_sampled = words.targets == "sampled"
+    entries = Sampled(words.draws, seed=derive_seed(recipe.seed, "draws")) if is_sampled else Dense()
+    source = LiveTeacher(teacher.model, name=teacher.source, entries=entries)
+    k = min(words.draws if is_sampled else words.k, source.vocabulary_size)
+    codec = CodecSettings(source.vocabulary_size, values=words.values, k=k, mass=words.mass, sampled=is_sampled)
     context = recipe.data.context_tokens
     settings = CaptureSettings(
         codec, hidden=tuple(words.hidden_layers), rows_per_shard=words.rows_per_shard,
@@ -79,12 +76,18 @@ def _capture_live(
     rows = min(data.windows, -(-(words.tokens or recipe.total_tokens) // context))
     show.start("capture", rows * context, 0)
     try:
-        facts = capture(
-            source, _batches(data, rows, max(1, _BATCH_TOKENS // context)), folder, settings=settings,
-            teacher={"name": teacher.source, "fingerprint": teacher.fingerprint},
-            tokenizer=tokenizer_fingerprint(teacher.tokenizer), token_bytes=_token_bytes(teacher.tokenizer), device=device,
-            advance=show.advance, should_stop=lambda: stop.exit_code is not None,
-        )  # fmt: skip
+        shared: dict[str, Any] = {
+            "settings": settings, "teacher": {"name": teacher.source, "fingerprint": teacher.fingerprint},
+            "tokenizer": tokenizer_fingerprint(teacher.tokenizer), "token_bytes": _token_bytes(teacher.tokenizer),
+            "advance": show.advance,
+        }  # fmt: skip
+        batches = _batches(data, rows, max(1, _BATCH_TOKENS // context))
+        if words.ray is not None:
+            facts = _capture_on_ray(recipe, words.ray, entries, batches, folder, hidden_width(teacher.model), shared)
+        else:
+            facts = capture(
+                source, batches, folder, device=device, should_stop=lambda: stop.exit_code is not None, **shared
+            )
     finally:
         show.finish()
     if stop.exit_code is not None and not facts["finished"]:
@@ -92,6 +95,37 @@ def _capture_live(
     if is_main():
         teacher.tokenizer.save_pretrained(folder / assembly.TOKENIZER_FOLDER)
     return facts
+
+
+def _capture_on_ray(
+    recipe: Recipe,
+    words: Ray,
+    entries: Entries,
+    batches: Iterator[Batch],
+    folder: Path,
+    width: int,
+    shared: dict[str, Any],
+) -> dict[str, Any]:
+    from functools import partial
+
+    from limbeck.teachers.ray_capture import capture_with_ray
+
+    assert recipe.teacher is not None
+    assert recipe.teacher.source is not None
+    make_source = partial(
+        load_source, recipe.teacher.source, revision=recipe.teacher.revision, dtype=recipe.teacher.dtype, entries=entries,
+        device="cuda" if words.gpus_per_worker else "cpu",
+    )  # fmt: skip
+    return capture_with_ray(
+        make_source, batches, folder, hidden_width=dict.fromkeys(recipe.capture.hidden_layers, width), workers=words.workers,
+        cpus_per_worker=words.cpus_per_worker, gpus_per_worker=words.gpus_per_worker, **shared,
+    )  # fmt: skip
+
+
+def load_source(source: str, *, revision: str | None, dtype: str, entries: Entries, device: str) -> LiveTeacher:
+    """A live teacher, loaded wherever this is called: on a worker of Ray's, for one."""
+    loaded = load_live_model(source, revision=revision, dtype=dtype, device=device)
+    return LiveTeacher(loaded.model, name=source, entries=entries)
 
 
 def _token_bytes(tokenizer: Any) -> Any:

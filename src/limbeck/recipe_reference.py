@@ -29,6 +29,8 @@ _ORDER = (
     "Closed",
     "Member",
     "Itself",
+    "Capture",
+    "Ray",
     "Tokenizer",
     "Student",
     "Hyena",

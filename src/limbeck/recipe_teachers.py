@@ -185,6 +185,16 @@ class Teacher(Part):
         return next(name for name in kinds if getattr(self, name))
 
 
+class Ray(Part):
+    """Capture on many machines: workers of a Ray cluster score the text, this process writes the store."""
+
+    workers: Count = Field(default=1, description="Workers, each with the teacher loaded once.")
+    cpus_per_worker: Annotated[float, Field(gt=0)] = Field(
+        default=1.0, description="Processor cores Ray keeps for each."
+    )
+    gpus_per_worker: Annotated[float, Field(ge=0)] = Field(default=0.0, description="Accelerators Ray keeps for each.")
+
+
 class Capture(Part):
     """What `limbeck capture` keeps of the teacher, and a run with a served teacher too."""
 
@@ -205,4 +215,5 @@ class Capture(Part):
         default=None, description="Training tokens captured; null takes what the stages use, at most every window once."
     )
     rows_per_shard: Count = Field(default=128, description="Windows in one file: what a stopped capture does again.")
+    ray: Ray | None = Field(default=None, description="Spread a live teacher's work over a Ray cluster; null does not.")
     check_rows: Count = Field(default=8, description="Windows scored again for the store's fidelity report.")

@@ -82,7 +82,7 @@ def test_a_store_alone_brings_its_tokenizer(place, stores, tmp_path):
         {"several": 2},
         {"several": 2, "texts": True},
         {"itself": {"rule": "average", "decay": 0.9}},
-        {"itself": {"rule": "generation"}},
+        {"itself": {"rule": "generation", "every": 4}},
     ],
     ids=lambda words: "-".join(words),
 )

@@ -62,6 +62,11 @@ def _teaching_problems(recipe: Recipe) -> Problems:
     for index, member in enumerate(recipe.teacher.several or []):
         if member.texts is not None and any(text >= texts for text in member.texts):
             problems[f"teacher.several.{index}.texts"] = f"data.train has {texts} sources; places count from 0"
+    taught = [member.texts for member in recipe.teacher.several or []]
+    if taught and None not in taught:
+        alone = sorted(set(range(texts)) - {text for places in taught for text in places or []})
+        if alone:
+            problems["teacher.several"] = f"nobody teaches data.train[{alone[0]}]. Name it in some member's texts"
     kind = recipe.teacher.kind
     for index, stage in enumerate(recipe.stages):
         place = f"stages.{index}"

@@ -107,6 +107,9 @@ class Itself(Part):
         "the stage.",
     )
     decay: Decay = Field(default=0.999, description="Decay of the moving average, a step.")
+    every: Count | None = Field(
+        default=None, description="With generation: steps after which the student's weights become the teacher's anew."
+    )
 
 
 class Teacher(Part):

@@ -7,12 +7,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from limbeck import assembly
 from limbeck.core.errors import RecipeError, VocabularyError
 from limbeck.core.runtime import derive_seed
-from limbeck.core.types import Batch
 from limbeck.models.heads import SplitModel
 from limbeck.models.surgery import find_attention
 from limbeck.models.tokenizers import tokenizer_fingerprint
@@ -28,7 +25,7 @@ from limbeck.teachers.entries import Dense, Entries, Sampled, TopK
 from limbeck.teachers.exact import ExactTeacher
 from limbeck.teachers.live import LiveTeacher, load_live_model
 from limbeck.teachers.own import EmaTeacher, PreviousGeneration
-from limbeck.teachers.several import SeveralTeachers
+from limbeck.teachers.several import SeveralTeachers, weights_by_text
 from limbeck.teachers.stored import StoredTargets
 from limbeck.teachers.stored_aligned import StoredAlignedTargets
 from limbeck.teachers.stored_windows import StoreWindows
@@ -203,7 +200,7 @@ def target_source(work: Run, student: Any) -> tuple[TargetSource | None, int | N
         own: TargetSource = (
             EmaTeacher(student, decay=words.itself.decay, entries=entries)
             if words.itself.rule == "average"
-            else PreviousGeneration(student, entries=entries)
+            else PreviousGeneration(student, every=words.itself.every, entries=entries)
         )
         return own, None
     if teaching.store is not None:
@@ -227,19 +224,11 @@ def target_source(work: Run, student: Any) -> tuple[TargetSource | None, int | N
 
 
 def _member_weights(words: Teacher) -> Any:
-    """A weight for each member; where some teach certain texts only, a function of the batch that says so row by row."""
+    """A weight for each member; by row where some teach certain texts only."""
     assert words.several is not None
-    members = words.several
-    if all(member.texts is None for member in members):
-        return [member.weight for member in members]
-
-    def weights(batch: Batch) -> torch.Tensor:
-        rows = batch.sources or (0,) * len(batch.input_ids_BT)
-        taught = [[m.weight if m.texts is None or row in m.texts else 0.0 for m in members] for row in rows]
-        weights_BI = torch.tensor(taught, device=batch.input_ids_BT.device)
-        return weights_BI / weights_BI.sum(-1, keepdim=True).clamp(min=1e-12)
-
-    return weights
+    weights = [member.weight for member in words.several]
+    texts = [member.texts for member in words.several]
+    return weights if all(taught is None for taught in texts) else weights_by_text(weights, texts)
 
 
 def _stored(work: Run) -> TargetSource:

@@ -88,31 +88,6 @@ def test_training_them_leaves_no_trace_in_the_student(tmp_path):
     assert saved <= names
 
 
-def test_fitting_finds_the_map():
-    truth = torch.randn(5, 3, generator=torch.Generator().manual_seed(0))
-    states = torch.randn(200, 3, generator=torch.Generator().manual_seed(1))
-    projections = FeatureProjections(PAIRS, student_width=3, teacher_width=5)
-    other = projections.weights_ED["student_2_teacher_4"].clone()
-    error = projections.fit((1, 2), states, states @ truth.T, ridge=1e-9)
-    assert error < 1e-10
-    assert_close(projections.weights_ED["student_1_teacher_2"].detach(), truth, atol=1e-4, rtol=1e-4)
-    assert_close(projections.weights_ED["student_2_teacher_4"], other, atol=0, rtol=0)
-
-
-def test_fitting_states_that_do_not_span_their_width_stays_small():
-    states = torch.randn(200, 1, generator=torch.Generator().manual_seed(1)).expand(-1, 3)
-    projections = FeatureProjections(PAIRS, student_width=3, teacher_width=2)
-    assert projections.fit((1, 2), states, states[:, :2]) < 1e-5
-    assert projections.weights_ED["student_1_teacher_2"].abs().max() < 1
-
-
-def test_without_a_map_fitting_measures_alone():
-    projections = FeatureProjections(PAIRS, student_width=3, teacher_width=3)
-    teacher = torch.randn(7, 3)
-    assert projections.fit((1, 2), torch.zeros(7, 3), teacher) == pytest.approx(1.0)
-    assert projections.fit((1, 2), teacher, teacher) == 0.0
-
-
 def test_an_unknown_pair_is_refused():
     with pytest.raises(KeyError, match="student layer 1 and teacher layer 4"):
         FeatureProjections(PAIRS, student_width=3, teacher_width=3)(torch.zeros(1, 1, 3), (1, 4))

@@ -12,7 +12,6 @@ from limbeck.objectives.cross_tokenizer import (
     border_earth_movers,
     chunk_likelihood,
     chunk_log_probs,
-    spread_over_tokens,
     target_log_probs,
 )
 
@@ -151,21 +150,18 @@ def test_half_precision_is_scored_in_float32():
     assert chunk_likelihood(value, value, YES).dtype == torch.float32
 
 
-def test_chunk_log_probs_and_spreading_by_hand():
+def test_chunk_log_probs_by_hand():
     tokens = torch.tensor([[-1.0, -2.0, -4.0, -8.0], [-1.0, -1.0, -1.0, float("nan")]], requires_grad=True)
     chunks = torch.tensor([[-1, 0, 0, 1], [0, 0, 0, -1]])
     found = chunk_log_probs(tokens, chunks, chunks=3)
     assert_close(found, torch.tensor([[-6.0, -8.0, 0.0], [-3.0, 0.0, 0.0]]))
     (gradient,) = torch.autograd.grad(found.sum(), tokens)
     assert_close(gradient, torch.tensor([[0.0, 1.0, 1.0, 1.0], [1.0, 1.0, 1.0, 0.0]]))
-    spread = spread_over_tokens(torch.tensor([[6.0, 5.0, 0.0], [3.0, 0.0, 0.0]]), chunks)
-    assert_close(spread, torch.tensor([[0.0, 3.0, 3.0, 5.0], [1.0, 1.0, 1.0, 0.0]]))
 
 
 def test_no_chunks():
     chunks = torch.full((2, 3), -1)
     assert chunk_log_probs(torch.zeros(2, 3), chunks, chunks=0).shape == (2, 0)
-    assert torch.equal(spread_over_tokens(torch.zeros(2, 0), chunks), torch.zeros(2, 3))
     nothing = torch.zeros(2, 0)
     assert chunk_likelihood(nothing, nothing, nothing.bool()).shape == (2, 0)
 

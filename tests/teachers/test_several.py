@@ -1,6 +1,7 @@
 """Several teachers as one: mixtures by hand, routing by row, and what is exact."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from limbeck.core.types import Batch, DenseTargets, SparseTargets, Targets
 from limbeck.teachers.base import TargetSource, Wanted
 from limbeck.teachers.entries import Dense, Sampled, TopK
 from limbeck.teachers.live import LiveTeacher
-from limbeck.teachers.several import SeveralTeachers, weights_by_key
+from limbeck.teachers.several import SeveralTeachers, weights_by_text
 
 
 class Says:
@@ -168,11 +169,10 @@ def test_sampled_targets_add_up():
 
 
 @pytest.mark.parametrize("keep", [None, [0, 1]], ids=["dense", "top-k"])
-def test_rows_are_routed_by_their_keys(keep):
+def test_rows_are_routed_by_any_function_of_the_batch(keep):
     one, two = Says(ONE, keep=keep), Says(TWO, keep=keep, name="two")
-    route = weights_by_key({"code/": [1, 0], "code/rust/": [0, 1], "chat/": [0.25, 0.25]}, default=[0, 0])
-    batch = batch_of(4, keys=("code/1", "code/rust/1", "chat/7", "poems/1"))
-    targets = SeveralTeachers([one, two], weights=route).targets(batch)
+    weights_BI = torch.tensor([[1, 0], [0, 1], [0.25, 0.25], [0, 0]])
+    targets = SeveralTeachers([one, two], weights=lambda batch: weights_BI).targets(batch_of(4))
     assert (one.rows_asked, two.rows_asked) == ([2], [2])
     torch.testing.assert_close(targets.weight_B, torch.tensor([1.0, 1.0, 0.5, 0.0]))
     mixed = [(a + b) / 2 for a, b in zip(ONE, TWO, strict=True)]
@@ -189,10 +189,17 @@ def test_rows_are_routed_by_their_keys(keep):
     assert sparse.tail_log_prob_BT[3].tolist() == [0.0] * 11
 
 
+def test_teachers_of_certain_texts_count_in_their_rows_alone():
+    batch = replace(batch_of(4), sources=(0, 1, 2, 0))
+    found = weights_by_text([1.0, 3.0, 1.0], [None, [0, 1], [1]])(batch)
+    torch.testing.assert_close(found, torch.tensor([[0.25, 0.75, 0], [0.2, 0.6, 0.2], [1, 0, 0], [0.25, 0.75, 0]]))
+    assert not weights_by_text([1.0], [[1]])(batch_of(3)).any()
+
+
 @pytest.mark.parametrize("keep", [None, [0, 1]], ids=["dense", "top-k"])
 def test_a_batch_without_any_teacher(keep):
     teachers = [Says(ONE, keep=keep), Says(TWO, keep=keep, name="two")]
-    targets = SeveralTeachers(teachers, weights=weights_by_key({}, default=[0, 0])).targets(batch_of())
+    targets = SeveralTeachers(teachers, weights=lambda batch: torch.zeros(3, 2)).targets(batch_of())
     torch.testing.assert_close(targets.weight_B, torch.zeros(3))
     if keep is None:
         torch.testing.assert_close(head_of(targets).softmax(-1), torch.full((3, 11, 4), 0.25))

@@ -18,7 +18,7 @@ class FeatureProjections(nn.Module):
     """One linear map without bias for each pair of layers; where the widths are equal there is none, unless `always`.
 
     pairs: as `layer_map` gives them. always: learn a map although the widths are equal (it starts as the identity).
-    Others start semi-orthogonal, which keeps lengths when the teacher is the wider; `fit` gives a better start. seed: of
+    Others start semi-orthogonal, which keeps lengths when the teacher is the wider. seed: of
     the drawn start. Parameters are float32, whatever the student's dtype.
     """
 
@@ -55,23 +55,6 @@ class FeatureProjections(nn.Module):
             return student_BTD
         weight_ED = self.weights_ED[_key(pair)]
         return F.linear(student_BTD.to(weight_ED.dtype), weight_ED)
-
-    @torch.no_grad()
-    def fit(self, pair: LayerPair, student_ND: Tensor, teacher_NE: Tensor, *, ridge: float = 1e-3) -> float:
-        """Start a pair's map at the least-squares answer for some positions; return the normalised error left.
-
-        So that the student is not first bent towards the image of a random map. ridge: relative to the mean squared
-        hidden state. The error is the squared error over the teacher's mean square, 1 for a map to zero. Without a map of
-        this pair nothing changes and the error is that of the student's own states.
-        """
-        student_ND, teacher_NE = student_ND.double(), teacher_NE.double()
-        if self.weights_ED:
-            gram_DD = student_ND.T @ student_ND
-            gram_DD.diagonal().add_(ridge * gram_DD.diagonal().mean())
-            weight_DE = torch.linalg.solve(gram_DD, student_ND.T @ teacher_NE)
-            self.weights_ED[_key(pair)].copy_(weight_DE.T)
-        error_NE = self(student_ND.unsqueeze(0), pair).squeeze(0) - teacher_NE
-        return float(error_NE.square().sum() / teacher_NE.square().sum())
 
 
 def _key(pair: LayerPair) -> str:

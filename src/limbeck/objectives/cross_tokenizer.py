@@ -4,7 +4,7 @@ peaked the next-token distributions are where both have a token border.
 A chunk is a stretch of text that begins and ends at a token border of both models (`AlignedText`). Its loss is nats per
 chunk, [B, C], 0 where there is no chunk. A batch has at most as many chunks as scored tokens, and the number of chunks
 depends on the teacher; so a step sums over chunks and divides by the count of *scored tokens*, which is known before
-anything is aligned and adds up over micro-batches and processes. `spread_over_tokens` gives the same sum as [B, T].
+anything is aligned and adds up over micro-batches and processes.
 """
 
 from __future__ import annotations
@@ -61,15 +61,6 @@ def chunk_log_probs(token_log_prob_BT: Tensor, chunk_BT: Tensor, *, chunks: int)
     values_BT = torch.where(inside_BT, token_log_prob_BT, 0.0)
     sums_BC = values_BT.new_zeros(chunk_BT.shape[0], chunks + 1)
     return sums_BC.scatter_add(1, torch.where(inside_BT, chunk_BT, chunks), values_BT)[:, :chunks]
-
-
-def spread_over_tokens(nats_BC: Tensor, chunk_BT: Tensor) -> Tensor:
-    """A loss per chunk as a loss per token, shared evenly among the chunk's tokens: the sums agree. Returns [B, T]."""
-    if nats_BC.shape[1] == 0:
-        return nats_BC.new_zeros(chunk_BT.shape)
-    counts_BC = chunk_log_probs(torch.ones_like(chunk_BT, dtype=nats_BC.dtype), chunk_BT, chunks=nats_BC.shape[1])
-    share_BC = nats_BC / counts_BC.clamp(min=1)
-    return torch.where(chunk_BT >= 0, share_BC.gather(1, chunk_BT.clamp(min=0)), 0.0)
 
 
 def border_earth_mover(student_logits_NV: Tensor, teacher_sorted_probs_NK: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from typing import Literal
@@ -47,7 +47,7 @@ class SeveralTeachers:
     """The weighted mixture of several teachers' distributions, in probability space: p = sum of w_i p_i.
 
     weights: one for each teacher, which are brought to the sum 1; or a callable from a batch to weights [B, I] by row, for
-    routing by domain (see `weights_by_key`). A teacher is asked only about rows in which it counts. Weights by row are brought
+    routing by domain (see `weights_by_text`). A teacher is asked only about rows in which it counts. Weights by row are brought
     to the sum 1 too, and `Targets.weight_B` says what their sum was: a row of zeros has no teacher, and one that sums to
     0.5 counts half.
 
@@ -130,16 +130,25 @@ class SeveralTeachers:
         return _mix_dense(given, share_BI) if kinds == {"dense"} else _mix_sparse(given, share_BI, self.kept)
 
 
-def weights_by_key(prefixes: Mapping[str, Sequence[float]], *, default: Sequence[float]) -> RowWeights:
-    """Weights by the beginning of a row's key: the longest prefix that fits, else `default` (also for rows without keys)."""
-    longest_first = sorted(prefixes, key=len, reverse=True)
+def weights_by_text(weights: Sequence[float], texts: Sequence[Collection[int] | None]) -> RowWeights:
+    """Each teacher's weight in the rows of the texts that it teaches (None: of all), by `Batch.sources`.
 
-    def weights(batch: Batch) -> Tensor:
-        keys = batch.keys or ("",) * len(batch.input_ids_BT)
-        found = [next((prefix for prefix in longest_first if key.startswith(prefix)), None) for key in keys]
-        return torch.tensor([list(default if prefix is None else prefixes[prefix]) for prefix in found])
+    The weights of a row are brought to the sum 1; a row of a text that nobody teaches has none.
+    """
 
-    return weights
+    def by_row(batch: Batch) -> Tensor:
+        sources = batch.sources or (0,) * len(batch.input_ids_BT)
+        rows = [
+            [
+                weight if taught is None or source in taught else 0.0
+                for weight, taught in zip(weights, texts, strict=True)
+            ]
+            for source in sources
+        ]
+        weights_BI = torch.tensor(rows, device=batch.input_ids_BT.device)
+        return weights_BI / weights_BI.sum(-1, keepdim=True).clamp(min=1e-12)
+
+    return by_row
 
 
 def _mix_dense(answers: Sequence[_Answer], share_BI: Tensor) -> DenseTargets:

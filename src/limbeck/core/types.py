@@ -1,8 +1,8 @@
 """The types that cross borders between rooms, and the shape legend.
 
 Shape suffixes, here and in every numerical file:
-B batch, T tokens, D model width, C inner channels, V vocabulary, H heads, K taps or kept entries, N state, L layers;
-in the objectives N is the number of scored positions of a batch, flattened (or of one chunk of them).
+B batch, T tokens, P symbols of a patch, S patches, D model width, C inner channels, V vocabulary, H heads, K taps or
+kept entries, N state, L layers; in the objectives N is the number of scored positions of a batch, flattened (or of one chunk of them).
 """
 
 from __future__ import annotations
@@ -118,7 +118,8 @@ class Targets:
 
     hidden: hidden states [B, T, D] by layer: 0 after the embeddings, i after block i (so L is the last). features: other
     tensors by name, such as attention maps [B, H, T, T]. weight_B: how much each row's teacher counts, when several teach.
-    known_BT: True where the logits say something; None: everywhere.
+    known_BT: True where the logits say something; None: everywhere. patch_tokens: for a student that reads bytes, the
+    teacher's most probable *tokens* at the positions after which a patch begins; ids are -1 at all others.
     """
 
     logits: DenseTargets | SparseTargets | None = None
@@ -127,6 +128,7 @@ class Targets:
     aligned: AlignedText | None = None
     weight_B: Tensor | None = None
     known_BT: Tensor | None = None
+    patch_tokens: SparseTargets | None = None
 
 
 def _unchanged(tensor: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ def main() -> None:
     if len(sys.argv) < 2 or sys.argv[1] not in names:
         for name in names:
             module = importlib.import_module(f"benchmarks.{name}")
-            print(f"{name:<14}{(module.__doc__ or '').splitlines()[0]}")
+            print(f"{name:<20}{(module.__doc__ or '').splitlines()[0]}")
         raise SystemExit(0 if len(sys.argv) < 2 else 2)
     importlib.import_module(f"benchmarks.{sys.argv[1]}").main(sys.argv[2:])
 

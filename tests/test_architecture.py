@@ -11,16 +11,19 @@ PACKAGE = Path(__file__).parents[1] / "src" / "limbeck"
 
 # A room may import itself and anything in a lower row; rooms in one row do not see each other.
 LAYERS = [
-    {"cli", "cli_store", "console"},
+    {"cli", "cli_judge", "cli_store", "console"},
     {
         "pipeline",
         "judging",
         "students",
         "teaching",
+        "lessons",
+        "reading",
         "capturing",
         "arms",
         "assembly",
         "evaluation",
+        "writing",
         "planning",
         "preflight",
         "teaching_costs",
@@ -36,6 +39,7 @@ LAYERS = [
         "recipe_objectives",
         "recipe_student",
         "recipe_teachers",
+        "recipe_tokenizer",
         "recipe_values",
         "recipe_yaml",
         "presets",

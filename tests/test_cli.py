@@ -48,8 +48,9 @@ class FakePipeline:
             "pipeline": types.SimpleNamespace(run=self.answer(REPORT)),
             "evaluation": types.SimpleNamespace(
                 evaluate_place=self.answer(score), compare_places=self.answer([score, score]),
-                generate_from=self.answer(iter(["Once", " upon"])), render_report=self.answer(REPORT),
+                render_report=self.answer(REPORT),
             ),
+            "writing": types.SimpleNamespace(generate_from=self.answer(iter(["Once", " upon"]))),
         }  # fmt: skip
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tests import tiny
 
-from limbeck import evaluation, pipeline
+from limbeck import evaluation, pipeline, writing
 from limbeck.core.errors import CheckpointError, DataError, LimbeckError, TeacherError
 from limbeck.evaluate.facts import read_facts
 
@@ -63,7 +63,7 @@ def test_the_model_folder_is_a_plain_one(job):
 
 def test_later_commands(job):
     folder, _, facts = job
-    text = "".join(evaluation.generate_from(str(folder / "run"), "Ada met", max_new_tokens=4, device="cpu"))
+    text = "".join(writing.generate_from(str(folder / "run"), "Ada met", max_new_tokens=4, device="cpu"))
     assert text == facts["student"]["samples"][0]["text"]
     rows = evaluation.compare_places([str(folder / "run"), str(folder / "teacher")], device="cpu")
     assert rows[1]["texts"][0]["perplexity"] == pytest.approx(facts["teacher"]["perplexity"], rel=1e-6)
@@ -191,4 +191,4 @@ def test_a_corpus_smaller_than_one_window(job, tmp_path):
 def test_an_unfinished_run_cannot_be_generated_from(job, tmp_path):
     (tmp_path / "recipe.json").write_text(json.dumps({}))
     with pytest.raises(LimbeckError, match="has not finished"):
-        list(evaluation.generate_from(str(tmp_path), "x", device="cpu"))
+        list(writing.generate_from(str(tmp_path), "x", device="cpu"))

@@ -364,7 +364,7 @@ def test_every_preset_can_be_planned(name, model, monkeypatch):
     overrides = ["student.shrink.intermediate=16"] if name == "minitron" else []
     found = plan(load_recipe(name, overrides), machine=ROOMY)
     assert found["memory"]["total_bytes"] > 0
-    assert found.get("other_tokens", False) == (name == "llama-70b-stablelm")
+    assert found.get("other_tokens", False) == (name in ("llama-70b-stablelm", "byte-trie"))
     if name == "gkd":
         assert found["tokenizers"]["verdict"] == "padded"
         assert "what the student writes" in found["time"]["note"]

@@ -156,7 +156,7 @@ MUTATIONS = [
     ("device: cpu", "device: tpu", 31, "runtime.device", "auto, cpu, cuda, cuda:0 or mps"),
     ("  source: some/teacher\n  dtype: float32\n", "", 3, "teacher", "nothing to build"),
     ("hyena: {", "architecture: {model_type: gpt2}\n  hyena: {", 7, "student.keep_attention", "keeps its own mixers"),
-    ("seed: 3", "tokenizer: {train_vocab_size: 300}", 2, "tokenizer.train_vocab_size", "only a student of a new architecture"),
+    ("seed: 3", "tokenizer: {train_vocab_size: 300}", 2, "tokenizer.train_vocab_size", "only a student of a new size"),
     ("seed: 3", "tokenizer: {train_vocab_size: 300, source: x}", 2, "tokenizer.train_vocab_size", "not both"),
     # YAML
     ("seed: 3", "seed: 3\nseed: 4", 3, 'duplicate key "seed"', "first on line 2"),
@@ -321,7 +321,7 @@ def test_keep_attention_takes_a_number_a_share_or_a_list():
     [
         ("kind: tune", "kind: align", "stages[0].kind: align needs a teacher"),
         ("kind: tune", "kind: distil", "stages[0].kind: distil needs a teacher"),
-        ("{train_vocab_size: 512}", "{}", "give tokenizer.source or tokenizer.train_vocab_size"),
+        ("{train_vocab_size: 512}", "{}", "give tokenizer.source, train_vocab_size or segmenter"),
         ("initialisation: random", "initialisation: copied", "copied needs a teacher's weights"),
         ("model_type: gpt_neox, ", "", "model_type is missing"),
         ("initialisation: random", "initialisation: random\n  keep_attention: 2", "keep_attention: without a teacher"),

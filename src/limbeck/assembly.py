@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,18 @@ import torch
 
 from limbeck.core.errors import CheckpointError, RecipeError
 from limbeck.core.files import read_json, write_atomic, write_json
-from limbeck.core.runtime import derive_seed, is_main, rank, seed_everything
+from limbeck.core.runtime import is_main, seed_everything
+from limbeck.core.symbols import EOP, PAD
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
-from limbeck.data.text import TextSource, read_documents
-from limbeck.data.windows import cached_windows
 from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.surgery import find_attention, head_shape
 from limbeck.models.teacher import LoadedTeacher
-from limbeck.models.tokenizers import encoder, tokenizer_fingerprint, train_tokenizer
 from limbeck.recipe import Recipe
+from limbeck.recipe_agreement import BYTE_POOL, reads_teachers_trie
 from limbeck.recipe_io import dump_recipe
-from limbeck.store.manifest import is_store, is_unfinished
 from limbeck.store.store import TargetStore
-from limbeck.teachers.stored_windows import StoreWindows
+from limbeck.train.stages import DropoutSchedule
 from limbeck.train.trainer import StageSettings
 
 
@@ -37,10 +34,6 @@ class StagePlan:
     spec: Any
     settings: StageSettings
     layers: tuple[int, ...] | None = None
-
-
-# Where a store keeps the tokenizer of its token ids.
-TOKENIZER_FOLDER = "tokenizer"
 
 
 def claim_run_folder(folder: Path, recipe: Recipe) -> None:
@@ -108,93 +101,6 @@ def open_teacher(recipe: Recipe, device: torch.device) -> LoadedTeacher | None:
     return loaded
 
 
-def open_tokenizer(recipe: Recipe, teacher: LoadedTeacher | None, folder: Path) -> Any:
-    """The recipe's tokenizer: the teacher's, another one by name, or one trained on the recipe's text."""
-    words = recipe.tokenizer
-    if words.train_vocab_size is not None:
-        from transformers import AutoTokenizer
-
-        saved = folder / "tokenizer"
-        if not saved.exists():
-            draft = folder / f".tokenizer.{rank()}.tmp"
-            documents = (text for source in recipe.data.train for text in training_texts(source))
-            train_tokenizer(documents, vocab_size=words.train_vocab_size).save_pretrained(draft)
-            with contextlib.suppress(OSError):  # another process was first
-                draft.rename(saved)
-        return AutoTokenizer.from_pretrained(saved)
-    from limbeck.models.teacher import load_tokenizer
-
-    if words.source is not None:
-        return load_tokenizer(words.source)
-    if recipe.student.source is not None:
-        return _same_object(load_tokenizer(recipe.student.source), teacher)
-    if teacher is not None:
-        return teacher.tokenizer
-    store = None if recipe.teacher is None or recipe.teacher.store is None else Path(recipe.teacher.store).expanduser()
-    if store is not None and (store / TOKENIZER_FOLDER).is_dir():
-        return load_tokenizer(str(store / TOKENIZER_FOLDER))
-    raise RecipeError(
-        "tokenizer: this teacher brings no tokenizer. Give tokenizer.source (a hub id or a folder), or with a new "
-        "student and no teacher tokenizer.train_vocab_size."
-    )
-
-
-def _same_object(tokenizer: Any, teacher: LoadedTeacher | None) -> Any:
-    """The teacher's own tokenizer where the student's does exactly the same, so that one stands for both."""
-    is_same = teacher is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(teacher.tokenizer)
-    return teacher.tokenizer if is_same and teacher is not None else tokenizer
-
-
-def training_texts(words: Any) -> Iterator[str]:
-    """The documents of a source; of a target store, the text of its rows."""
-    folder = Path(words.source).expanduser()
-    if not is_store(folder):
-        yield from read_documents(text_source(words))
-        return
-    store = TargetStore(folder)
-    for number in range(len(store)):
-        if store.manifest.kind == "text":
-            record = store.text(number)
-            yield record.prompt + record.completion
-        else:
-            yield (store.row(number, targets=False).text or b"").decode("utf-8", errors="ignore")
-
-
-def text_source(words: Any) -> TextSource:
-    """A recipe's source as the data room's."""
-    return TextSource(words.source, words.split, words.field, words.config, words.weight, words.rows)
-
-
-def open_data(recipe: Recipe, tokenizer: Any, folder: Path, *, sources: Sequence[Any], max_tokens: int) -> Mixture:
-    """Token windows of the recipe's sources in the run's fixed order. The folder of a target store is a source too."""
-    windows = [
-        store_windows(recipe, words.source, tokenizer)
-        or cached_windows(
-            text_source(words), encoder(tokenizer), folder=folder, tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
-            end_token=tokenizer.eos_token_id, context_tokens=recipe.data.context_tokens,
-            cross_documents=recipe.data.cross_documents, max_tokens=max_tokens,
-        )
-        for words in sources
-    ]  # fmt: skip
-    return Mixture(windows, weights=[words.weight for words in sources], seed=derive_seed(recipe.seed, "data"))
-
-
-def store_windows(recipe: Recipe, source: str, tokenizer: Any) -> StoreWindows | None:
-    """The rows of a target store, when a text source is the folder of one; None for any other."""
-    folder = Path(source).expanduser()
-    if not (is_store(folder) or is_unfinished(folder)):
-        return None
-    store = TargetStore(folder)
-    is_same = store.manifest.kind == "targets" and store.tokenizer in (None, tokenizer_fingerprint(tokenizer))
-    if is_same:
-        return StoreWindows(store, context_tokens=recipe.data.context_tokens)
-    padding = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
-    return StoreWindows(
-        store, encode=encoder(tokenizer), end_token=tokenizer.eos_token_id, padding_token=padding,
-        context_tokens=recipe.data.context_tokens,
-    )  # fmt: skip
-
-
 def mixer_list(recipe: Recipe, layers: int, *, errors: Mapping[int, float] | None = None) -> list[str]:
     """Which layers keep attention, as one word per layer (`attention` or `hyena`).
 
@@ -234,19 +140,62 @@ _KEEP_RULES: dict[str, Callable[[int, int, Mapping[int, float]], set[int]]] = {
 }
 
 
-def scratch_model(recipe: Recipe, tokenizer: Any, *, seed: int) -> Any:
-    """A new model of `student.architecture`, randomly initialised."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def scratch_config(recipe: Recipe, **options: Any) -> Any:
+    """The configuration of a new student, as transformers has it. options: keys that the recipe's own come before.
 
-    words = dict(recipe.student.architecture or {})
+    Raises: RecipeError when a key is unknown, or the values cannot be.
+    """
+    from transformers import AutoConfig
+
+    words = recipe.student.configuration
     family = words.pop("model_type")
+    if family == BYTE_POOL:
+        wanted = words.get("patch_bytes", recipe.tokenizer.patch_bytes)
+        if wanted != recipe.tokenizer.patch_bytes:
+            raise RecipeError(
+                f"student.architecture.patch_bytes is {wanted}, and tokenizer.patch_bytes {recipe.tokenizer.patch_bytes}: "
+                "patches are cut by the one and read by the other. Write the same twice."
+            )
+        words["patch_bytes"] = wanted
+        options.pop("vocab_size", None)
     try:
-        config = AutoConfig.for_model(family, **{"vocab_size": len(tokenizer)} | words)
-        config.bos_token_id = config.eos_token_id = config.pad_token_id = tokenizer.eos_token_id
+        return AutoConfig.for_model(family, **options | words)
+    except (ValueError, TypeError, KeyError) as error:
+        raise RecipeError(f"student.architecture: {error}") from error
+
+
+def scratch_model(recipe: Recipe, tokenizer: Any, data: Mixture, *, seed: int) -> Any:
+    """A new model of `student.size` or `architecture`, randomly initialised.
+
+    data: where a model of bytes sees how long patches are, which its count of operations needs.
+    """
+    from transformers import AutoModelForCausalLM
+
+    end = tokenizer.eos_token_id
+    specials = {
+        "bos_token_id": end if tokenizer.bos_token_id is None else tokenizer.bos_token_id, "eos_token_id": end,
+        "pad_token_id": end if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
+    }  # fmt: skip
+    if recipe.student.configuration.get("model_type") == BYTE_POOL:
+        specials["mean_patch_bytes"] = mean_patch_bytes(data)
+    config = scratch_config(recipe, vocab_size=len(tokenizer), **specials)
+    rows = config.get_text_config().vocab_size
+    if rows < len(tokenizer):
+        raise RecipeError(
+            f"student: the model has {rows} rows for tokens, and the tokenizer has {len(tokenizer)} tokens. Set "
+            f"tokenizer.train_vocab_size: {rows}, or student.architecture: {{vocab_size: {len(tokenizer)}}}."
+        )
+    try:
         seed_everything(seed)
         return AutoModelForCausalLM.from_config(config)
     except (ValueError, TypeError, KeyError) as error:
         raise RecipeError(f"student.architecture: {error}") from error
+
+
+def mean_patch_bytes(data: Mixture, *, rows: int = 16) -> float:
+    """Bytes of a patch on average, in the first rows of the data."""
+    ids_BT = data.batch(0, min(rows, data.windows)).input_ids_BT
+    return round(float((ids_BT < PAD).sum()) / max(1, int((ids_BT == EOP).sum())), 3)
 
 
 def mixer_parameter_names(student: Any) -> frozenset[str]:
@@ -309,8 +258,16 @@ def _settings(
         final_share=spec.final_share, clip_norm=spec.clip_norm, ema_decay=spec.ema_decay,
         diagnoses=rate.diagnoses if spec.kind == "distil" else 0,
         checkpoint_every_tokens=rate.checkpoint_every_tokens, keep_checkpoints=rate.keep_checkpoints,
-        mixer_names=mixer_names, flops_per_token=flops,
+        mixer_names=mixer_names, flops_per_token=flops, embedding_learning_rate=spec.embedding_learning_rate,
+        scalar_learning_rate=spec.scalar_learning_rate, cautious_decay=spec.cautious_decay, decay_schedule=spec.decay_schedule,
+        dropout=_dropout(spec.dropout),
+        length_curriculum=tuple((part.share, part.divisor) for part in spec.length_curriculum),
+        patch_curriculum=tuple((part.share, part.symbols) for part in spec.patch_curriculum),
     )  # fmt: skip
+
+
+def _dropout(words: Any) -> float | DropoutSchedule | None:
+    return words if words is None or isinstance(words, float) else DropoutSchedule(**words.model_dump())
 
 
 def teaching_flops(recipe: Recipe, student: Any, teacher: Any) -> float:
@@ -323,7 +280,8 @@ def teaching_flops(recipe: Recipe, student: Any, teacher: Any) -> float:
         return 0.0
     if words.itself is not None:
         return forward_flops_per_token(student, context)
-    return len(words.several or [words]) * forward_flops_per_token(teacher, context)
+    symbols = 1.0 + getattr(student.config, "mean_patch_bytes", 0.0) if reads_teachers_trie(recipe) else 1.0
+    return len(words.several or [words]) * forward_flops_per_token(teacher, round(context / symbols)) / symbols
 
 
 def _mixer_flops(student: Any, context: int) -> float:

@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from limbeck import assembly
+from limbeck import assembly, reading
 from limbeck.core.errors import RecipeError, StoreError
 from limbeck.core.runtime import StopRequest, derive_seed, is_main, pick_device, set_threads, wait_for_all
+from limbeck.core.symbols import SYMBOLS
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
 from limbeck.data.text import read_documents
@@ -16,14 +17,16 @@ from limbeck.models.anatomy import hidden_width
 from limbeck.models.token_bytes import read_token_bytes
 from limbeck.models.tokenizers import tokenizer_fingerprint
 from limbeck.recipe import Recipe
+from limbeck.recipe_agreement import reads_teachers_trie
 from limbeck.recipe_teachers import Endpoint as EndpointWords
 from limbeck.recipe_teachers import Ray, Teacher
 from limbeck.store.codec import CodecSettings
 from limbeck.store.manifest import Manifest, is_store, is_unfinished
 from limbeck.store.sink import RowSink
 from limbeck.teachers.capture import CaptureSettings, capture
-from limbeck.teachers.entries import Dense, Entries, Sampled
+from limbeck.teachers.entries import Dense, Entries, Sampled, TopK
 from limbeck.teachers.live import LiveTeacher, load_live_model
+from limbeck.teachers.trie import TrieTeacher
 from limbeck.train.metrics import Progress, choose_progress
 
 _BATCH_TOKENS = 4096
@@ -45,29 +48,48 @@ def capture_recipe(
     show = choose_progress(progress and is_main())
     stop = stop or StopRequest()
     if words.kind != "source":
-        tokenizer = assembly.open_tokenizer(recipe, None, folder.parent)
+        tokenizer = reading.open_tokenizer(recipe, None, folder.parent)
         return fetch_into(recipe, tokenizer, folder, show, stop)
     device = pick_device(recipe.runtime.device)
     set_threads(recipe.runtime.threads)
     teacher = assembly.open_teacher(recipe, device)
     assert teacher is not None
-    tokenizer = teacher.tokenizer
+    cache = folder.parent / f".{folder.name}.tokens"
+    tokenizer = reading.open_tokenizer(recipe, teacher, cache) if reads_teachers_trie(recipe) else teacher.tokenizer
     enough = recipe.capture.tokens or int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
-    data = assembly.open_data(
-        recipe, tokenizer, folder.parent / f".{folder.name}.tokens", sources=recipe.data.train, max_tokens=enough
-    )
-    return _capture_live(recipe, teacher, data, folder, device, show, stop)
+    data = reading.open_data(recipe, tokenizer, cache, sources=recipe.data.train, max_tokens=enough)
+    return _capture_live(recipe, teacher, tokenizer, data, folder, device, show, stop)
 
 
 def _capture_live(
-    recipe: Recipe, teacher: Any, data: Mixture, folder: Path, device: Any, show: Progress, stop: StopRequest
+    recipe: Recipe,
+    teacher: Any,
+    tokenizer: Any,
+    data: Mixture,
+    folder: Path,
+    device: Any,
+    show: Progress,
+    stop: StopRequest,
 ) -> dict[str, Any]:
+    """tokenizer: of the rows that are written; the teacher's own, or bytes in patches that are its tokens."""
     words = recipe.capture
     is_sampled = words.targets == "sampled"
-    entries = Sampled(words.draws, seed=derive_seed(recipe.seed, "draws")) if is_sampled else Dense()
-    source = LiveTeacher(teacher.model, name=teacher.source, entries=entries)
-    k = min(words.draws if is_sampled else words.k, source.vocabulary_size)
-    codec = CodecSettings(source.vocabulary_size, values=words.values, k=k, mass=words.mass, sampled=is_sampled)
+    entries: Entries = Sampled(words.draws, seed=derive_seed(recipe.seed, "draws")) if is_sampled else Dense()
+    source: LiveTeacher | TrieTeacher
+    if tokenizer is teacher.tokenizer:
+        source = LiveTeacher(teacher.model, name=teacher.source, entries=entries)
+    else:
+        if is_sampled or words.ray is not None:
+            raise RecipeError(
+                "capture: predictions of bytes are kept as the top k, by one machine. Remove targets and ray."
+            )
+        source = TrieTeacher(
+            teacher.model, teacher.tokenizer, tokenizer, entries=TopK(min(words.k, SYMBOLS)), name=teacher.source
+        )
+    vocabulary = source.vocabulary_size
+    assert vocabulary is not None
+    k = min(words.draws if is_sampled else words.k, vocabulary)
+    codec = CodecSettings(vocabulary, values=words.values, k=k, mass=words.mass, sampled=is_sampled)
     context = recipe.data.context_tokens
     settings = CaptureSettings(
         codec, hidden=tuple(words.hidden_layers), rows_per_shard=words.rows_per_shard,
@@ -78,7 +100,7 @@ def _capture_live(
     try:
         shared: dict[str, Any] = {
             "settings": settings, "teacher": {"name": teacher.source, "fingerprint": teacher.fingerprint},
-            "tokenizer": tokenizer_fingerprint(teacher.tokenizer), "token_bytes": _token_bytes(teacher.tokenizer),
+            "tokenizer": tokenizer_fingerprint(tokenizer), "token_bytes": _token_bytes(tokenizer),
             "advance": show.advance,
         }  # fmt: skip
         batches = _batches(data, rows, max(1, _BATCH_TOKENS // context))
@@ -93,7 +115,7 @@ def _capture_live(
     if stop.exit_code is not None and not facts["finished"]:
         raise SystemExit(stop.exit_code)
     if is_main():
-        teacher.tokenizer.save_pretrained(folder / assembly.TOKENIZER_FOLDER)
+        tokenizer.save_pretrained(folder / reading.TOKENIZER_FOLDER)
     return facts
 
 
@@ -205,7 +227,7 @@ def _ask_served(
     take = _counting(sink, show, stop, lambda row: len(row.input_ids))
     wanted = recipe.capture.tokens or recipe.total_tokens
     if words.mode == "score":
-        data = assembly.open_data(
+        data = reading.open_data(
             recipe, tokenizer, folder.parent / "data", sources=recipe.data.train, max_tokens=int(1.1 * wanted)
         )
         rows = min(data.windows, -(-wanted // recipe.data.context_tokens))
@@ -221,7 +243,7 @@ def _ask_served(
         "cut_answers": written.cut_answers, "cut_prompts": written.cut_prompts,
     }  # fmt: skip
     whole = sink.finish(teacher={"usage": usage})
-    tokenizer.save_pretrained(folder / assembly.TOKENIZER_FOLDER)
+    tokenizer.save_pretrained(folder / reading.TOKENIZER_FOLDER)
     return {
         "finished": True, "rows": whole.rows, "tokens": whole.tokens, "scored_tokens": written.scored_tokens, "usage": usage,
     }  # fmt: skip
@@ -280,7 +302,7 @@ def _prompts(recipe: Recipe, words: EndpointWords) -> Iterator[Any]:
     if words.prompts is not None:
         yield from read_prompts(words.prompts)
         return
-    documents = (text for source in recipe.data.train for text in read_documents(assembly.text_source(source)))
+    documents = (text for source in recipe.data.train for text in read_documents(reading.text_source(source)))
     found = False
     for prompt in document_prompts(documents, characters=words.prompt_characters):
         found = True

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from limbeck.cli_judge import robustness
 from limbeck.cli_store import capture, store_app
 from limbeck.console import Commands, quiet_stdout, say, show, show_facts
 
@@ -23,6 +24,7 @@ app = typer.Typer(
     help="Turn a transformer into a small, fast model, and prove what was gained. Begin with: limbeck demo",
 )
 app.command()(capture)
+app.command()(robustness)
 app.add_typer(store_app, name="store")
 
 
@@ -218,11 +220,11 @@ def generate(
     as_json: Json = False,
 ) -> None:
     """Continue a text with a run's student, as it is written."""
-    from limbeck import evaluation
+    from limbeck import writing
 
     pieces = []
     with quiet_stdout(when=as_json):
-        for piece in evaluation.generate_from(
+        for piece in writing.generate_from(
             place, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
         ):
             pieces.append(piece)

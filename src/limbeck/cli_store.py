@@ -100,7 +100,7 @@ def merge(
     """Put several stores into a new one, every row once."""
     import shutil
 
-    from limbeck.assembly import TOKENIZER_FOLDER
+    from limbeck.reading import TOKENIZER_FOLDER
     from limbeck.store.merge import merge_stores
 
     facts = merge_stores(folders, into)
@@ -121,9 +121,9 @@ def convert(
     as_json: Json = False,
 ) -> None:
     """Make a store of a DistillKit data set (either of its codecs)."""
-    from limbeck.assembly import TOKENIZER_FOLDER
     from limbeck.models.teacher import load_tokenizer
     from limbeck.models.tokenizers import tokenizer_fingerprint
+    from limbeck.reading import TOKENIZER_FOLDER
     from limbeck.store.distillkit_rows import convert_distillkit
 
     loaded = None if tokenizer is None else load_tokenizer(tokenizer)

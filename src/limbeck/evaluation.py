@@ -5,7 +5,7 @@ A *place* is a run folder (its `model/` is meant), a model folder, a hub id, a G
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +13,13 @@ import torch
 
 from limbeck.core.errors import DataError, LimbeckError
 from limbeck.core.files import read_json
-from limbeck.core.runtime import pick_device, seed_everything
+from limbeck.core.runtime import pick_device
 from limbeck.data.text import TextSource, read_documents
 from limbeck.evaluate.efficiency import parameter_facts
 from limbeck.evaluate.facts import read_facts
 from limbeck.evaluate.quality import score_text
 from limbeck.evaluate.report import write_report
-from limbeck.models.generation import stream_text
+from limbeck.evaluate.robustness import LEVELS, JudgedModel, score_robustness
 from limbeck.models.teacher import LoadedTeacher, load_teacher
 
 
@@ -111,22 +111,40 @@ def compare_places(places: Sequence[str], **options: Any) -> list[dict[str, Any]
     return [evaluate_place(place, **options) for place in places]
 
 
-def generate_from(
-    place: str,
-    prompt: str,
+def compare_robustness(
+    places: Sequence[str],
     *,
-    max_new_tokens: int = 100,
-    temperature: float = 0.0,
-    top_p: float = 1.0,
-    seed: int = 0,
+    texts: Sequence[str] = (),
+    perturbations: Sequence[str] = (),
+    levels: Sequence[int] = (),
+    seeds: Sequence[int] = (0, 1, 2),
+    max_bytes: int = 32_768,
+    context_bytes: int | None = None,
     device: str = "auto",
-) -> Iterator[str]:
-    """Continue a prompt, piece by piece."""
-    loaded = open_place(place, device=pick_device(device))
-    seed_everything(seed)
-    yield from stream_text(
-        loaded.model, loaded.tokenizer, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p
-    )
+) -> dict[str, Any]:
+    """Score places on clean and on spoilt text, the very same bytes for all (the first run's text, unless texts are given).
+
+    A run folder's model sees as many tokens at once as when its run was judged, unless `context_bytes` is given.
+    Returns the facts of `score_robustness`, by place.
+    """
+    known = {place: run_settings(place) for place in places}
+    own: list[dict[str, Any]] = next((settings["texts"] for settings in known.values() if settings), [])
+    sources = [text_source(text) for text in texts] or [TextSource(**text) for text in own]
+    if not sources:
+        raise DataError(
+            f"{places[0]} is not a run folder, so say which text to spoil: --text FILE, or --text factbook."
+        )
+    where = pick_device(device)
+    models: dict[str, JudgedModel] = {}
+    for place, settings in known.items():
+        loaded = open_place(place, device=where)
+        window = settings.get("context_tokens") if context_bytes is None else None
+        models[place] = JudgedModel(loaded.model, loaded.tokenizer, window)
+    documents = (text for source in sources for text in read_documents(source))
+    return score_robustness(
+        models, documents, perturbations=perturbations, levels=levels or LEVELS, seeds=seeds, max_bytes=max_bytes,
+        context_bytes=context_bytes or 2048, device=where,
+    )  # fmt: skip
 
 
 def render_report(folder: Path) -> dict[str, Any]:

@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 import limbeck
-from limbeck import arms, assembly, teaching
+from limbeck import arms, reading, teaching
 from limbeck.core.errors import DataError
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import seed_everything
 from limbeck.data.text import read_documents
-from limbeck.evaluate.efficiency import compare_speed, parameter_facts
+from limbeck.evaluate.efficiency import Reading, compare_speed, parameter_facts
 from limbeck.evaluate.facts import (
     Controls,
     FloorFacts,
@@ -44,11 +44,15 @@ from limbeck.evaluate.quality import (
 from limbeck.evaluate.report import write_report
 from limbeck.evaluate.worth import teacher_worth
 from limbeck.models.generation import continue_text
+from limbeck.models.token_bytes import read_token_bytes
+from limbeck.models.tokenizers import encoder
 from limbeck.recipe_io import dump_recipe
 
 if TYPE_CHECKING:
     from limbeck.pipeline import ArmResult, Run
 
+# Text read for speed measurements; longer contexts repeat it.
+_SPEED_CHARACTERS = 50_000
 _SAMPLED = ("teacher", "student", "from_scratch", "without_teacher")
 
 
@@ -132,7 +136,7 @@ def evaluation_texts(work: Run) -> dict[str, list[str]]:
     budget = work.recipe.evaluation.max_tokens * 12
     for words in work.recipe.evaluation.texts or work.recipe.data.heldout:
         documents: list[str] = []
-        for document in read_documents(assembly.text_source(words)):
+        for document in read_documents(reading.text_source(words)):
             documents.append(document)
             if sum(map(len, documents)) > budget:
                 break
@@ -245,7 +249,26 @@ def measure_speeds(work: Run, student: Any) -> Any:
         decode_tokens=words.decode_tokens,
         repeats=words.repeats,
         device=work.device,
+        readings=readings(work),
     )
+
+
+def readings(work: Run) -> list[Reading] | None:
+    """One text in the teacher's tokens and in the student's, where those differ; bytes need text, not random symbols."""
+    tokenizers = [work.tokenizer]
+    if work.teacher is not None and work.teacher.tokenizer is not work.tokenizer:
+        tokenizers.insert(0, work.teacher.tokenizer)
+    elif work.recipe.tokenizer.segmenter is None:
+        return None
+    text = "\n".join(document for documents in evaluation_texts(work).values() for document in documents)[
+        :_SPEED_CHARACTERS
+    ]
+    found = []
+    for tokenizer in tokenizers:
+        pieces = read_token_bytes(tokenizer).lengths
+        ids = encoder(tokenizer)([text])[0]
+        found.append(Reading(ids, [int(pieces[token]) for token in ids]))
+    return found
 
 
 def layer_facts(work: Run, student: Any) -> list[LayerFacts]:

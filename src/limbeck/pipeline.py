@@ -18,7 +18,7 @@ from typing import Any
 
 import torch
 
-from limbeck import arms, assembly, capturing, judging, students, teaching
+from limbeck import arms, assembly, capturing, judging, lessons, reading, students, teaching
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import (
     StopRequest,
@@ -35,7 +35,6 @@ from limbeck.data.order import Mixture
 from limbeck.recipe import Recipe, with_budget
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from limbeck.train.metrics import MetricsLog, Progress, choose_progress
-from limbeck.train.stages import set_dropout
 from limbeck.train.trainer import StageResult, load_weights, train_stage, weights_of
 
 
@@ -112,17 +111,17 @@ def run(
 def open_run(recipe: Recipe, folder: Path, device: torch.device, stop: StopRequest, *, show_progress: bool) -> Run:
     """Load teacher, tokenizer and text; whatever a served teacher has to say is fetched first."""
     teacher = assembly.open_teacher(recipe, device)
-    tokenizer = assembly.open_tokenizer(recipe, teacher, folder)
+    tokenizer = reading.open_tokenizer(recipe, teacher, folder)
     progress = choose_progress(show_progress and is_main())
     captured = capturing.fetch(recipe, tokenizer, folder, progress, stop)
     enough = int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
     sources = recipe.data.train if captured is None else [captured]
-    data = assembly.open_data(recipe, tokenizer, folder / "data", sources=sources, max_tokens=enough)
+    data = reading.open_data(recipe, tokenizer, folder / "data", sources=sources, max_tokens=enough)
     own_text = data
     if captured is not None and arms.compared_control(recipe):
-        own_text = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.train, max_tokens=enough)
+        own_text = reading.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.train, max_tokens=enough)
     few = students.HELDOUT_WINDOWS * recipe.data.context_tokens
-    heldout = assembly.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.heldout, max_tokens=few)
+    heldout = reading.open_data(recipe, tokenizer, folder / "data", sources=recipe.data.heldout, max_tokens=few)
     log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
     work = Run(recipe, folder, device, teacher, tokenizer, data, heldout, log, progress, stop, own_text)
     work.teaching = teaching.open_teaching(work)
@@ -224,10 +223,8 @@ def train_plan(
 ) -> StageResult:
     """Train one phase of one arm."""
     assembly.freeze(model, plan)
-    if plan.spec.dropout is not None:
-        set_dropout(model, plan.spec.dropout)
     power = students.target_power(work, plan.layers) if plan.layers is not None else {}
-    lesson = teaching.build_lesson(work, plan, model, power=power)
+    lesson = lessons.build_lesson(work, plan, model, power=power)
     # What a served or closed teacher wrote is the teacher's: an arm without one reads the recipe's own text.
     data = work.own_text if arm.name in arms.WITHOUT_TEACHER else work.data
     result = train_stage(

@@ -17,7 +17,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from limbeck import arms, assembly, doctor, teaching_costs
-from limbeck.core.errors import RecipeError, TeacherError
+from limbeck.core.errors import TeacherError
 from limbeck.core.runtime import pick_device, set_threads
 from limbeck.models.config import HybridConfig
 from limbeck.models.costs import (
@@ -35,6 +35,7 @@ from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.hybrid import HyenaMixer
 from limbeck.models.surgery import find_attention
 from limbeck.models.teacher_errors import explain_loading
+from limbeck.nn.blocks import SelfAttention
 from limbeck.preflight import PlanError as PlanError
 from limbeck.preflight import load_tokenizer, preflight
 from limbeck.recipe import Recipe
@@ -121,7 +122,7 @@ def build_models(recipe: Recipe) -> tuple[Any | None, Any]:
     teacher = None if words is None or start is None else _build_meta(teacher_config(start, revision=words.revision))
     if student.source is not None:
         return teacher, _build_meta(teacher_config(student.source))
-    if student.architecture is not None or teacher is None:
+    if student.is_new or teacher is None:
         return teacher, _build_meta(_scratch_config(recipe, teacher))
     if student.shrink is not None:
         from limbeck.models.shrink import shrunk_config
@@ -148,8 +149,6 @@ def _build_meta(config: PreTrainedConfig) -> Any:
 
 
 def _scratch_config(recipe: Recipe, teacher: Any | None) -> PreTrainedConfig:
-    words = dict(recipe.student.architecture or {})
-    family = words.pop("model_type")
     vocabulary = {}
     if recipe.tokenizer.train_vocab_size:
         vocabulary = {"vocab_size": recipe.tokenizer.train_vocab_size}
@@ -158,10 +157,7 @@ def _scratch_config(recipe: Recipe, teacher: Any | None) -> PreTrainedConfig:
             vocabulary = {"vocab_size": len(load_tokenizer(recipe.tokenizer.source))}
     elif teacher is not None:
         vocabulary = {"vocab_size": teacher.config.get_text_config().vocab_size}
-    try:
-        return AutoConfig.for_model(family, **vocabulary | words)
-    except (ValueError, TypeError, KeyError) as error:
-        raise RecipeError(f"student.architecture: {error}") from error
+    return assembly.scratch_config(recipe, **vocabulary)
 
 
 def teacher_config(source: str, *, revision: str | None = None) -> PreTrainedConfig:
@@ -254,7 +250,7 @@ def parameter_parts(model: Any) -> dict[str, int]:
     """Parameters of embeddings and head, attention, Hyena mixers, and all the rest (mostly feed-forward)."""
     heads = [model.get_input_embeddings(), model.get_output_embeddings()]
     hyena = [module for module in model.modules() if isinstance(module, HyenaMixer)]
-    attention = [site.module for site in find_attention(model)]
+    attention = attention_modules(model)
     counts: dict[str, int] = {}
     seen: set[int] = set()
     for part, modules in {"embeddings": heads, "attention": attention, "hyena": hyena, "rest": [model]}.items():
@@ -262,6 +258,12 @@ def parameter_parts(model: Any) -> dict[str, int]:
         counts[part] = sum(size for key, size in own.items() if key not in seen)
         seen |= set(own)
     return counts
+
+
+def attention_modules(model: Any) -> list[Any]:
+    """The modules that attend: as transformers knows them, or Limbeck's own."""
+    own = [module for module in model.modules() if isinstance(module, SelfAttention)]
+    return own or [site.module for site in find_attention(model)]
 
 
 def estimate_memory(

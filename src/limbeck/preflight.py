@@ -12,14 +12,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from limbeck import assembly
+from limbeck import reading
 from limbeck.core.errors import LimbeckError, RecipeError, StoreError, TeacherError, VocabularyError
+from limbeck.core.symbols import SYMBOLS
 from limbeck.models.anatomy import find_layers
 from limbeck.models.layer_maps import layer_map
 from limbeck.models.tokenizers import tokenizer_fingerprint
 from limbeck.models.vocabulary import TokenizerComparison, compare_tokenizers
 from limbeck.recipe import Recipe
-from limbeck.recipe_objectives import CROSS_TOKENIZER, FEATURES, Objective
+from limbeck.recipe_agreement import reads_teachers_trie
+from limbeck.recipe_objectives import BYTE_TRIE, CROSS_TOKENIZER, FEATURES, Objective
 from limbeck.store.manifest import is_store, is_unfinished
 from limbeck.store.store import TargetStore
 
@@ -85,10 +87,10 @@ def _tokenizer_names(recipe: Recipe) -> tuple[str | None, str | None]:
     theirs = teacher.start
     if teacher.served is not None:
         theirs = teacher.served.tokenizer
-    folder = None if teacher.store is None else Path(teacher.store).expanduser() / assembly.TOKENIZER_FOLDER
+    folder = None if teacher.store is None else Path(teacher.store).expanduser() / reading.TOKENIZER_FOLDER
     if theirs is None and folder is not None and folder.is_dir():
         theirs = str(folder)
-    if words.train_vocab_size is not None:
+    if words.train_vocab_size is not None or words.segmenter is not None:
         return None, theirs
     return words.source or recipe.student.source or theirs, theirs
 
@@ -96,7 +98,7 @@ def _tokenizer_names(recipe: Recipe) -> tuple[str | None, str | None]:
 def _compare(mine: str | None, theirs: str, student: Any, teacher: Any | None, found: Findings) -> bool:
     """Compare two tokenizers into the findings. Returns: whether they are different."""
     if mine is None:
-        found.facts["tokenizers"] = {"verdict": "different", "student": "trained in this run", "teacher": theirs}
+        found.facts["tokenizers"] = {"verdict": "different", "student": "made in this run", "teacher": theirs}
         return True
     try:
         pair = load_tokenizer(mine), load_tokenizer(theirs)
@@ -203,6 +205,8 @@ def _check_store_tokens(recipe: Recipe, mine: str | None, store: TargetStore, fo
             is_other = tokenizer_fingerprint(load_tokenizer(mine)) != store.tokenizer
         except LimbeckError as error:
             found.warnings.append(f"whether the store has the student's tokens could not be looked at: {error}")
+    elif recipe.tokenizer.segmenter is not None:
+        is_other = store.manifest.vocabulary_size != SYMBOLS
     is_text = any(Path(source.source).expanduser() == store.folder for source in recipe.data.train)
     if is_other:
         if not is_text:
@@ -248,6 +252,9 @@ def _check_objectives(recipe: Recipe, is_other: bool, found: Findings) -> None:
     if is_other and recipe.teacher is not None and recipe.teacher.exact:
         _check_exact(recipe, found)
         return
+    if is_other and reads_teachers_trie(recipe):
+        _check_trie(recipe, found)
+        return
     known = found.facts.get("tokenizers", {}).get("verdict", "") is not None
     for stage in recipe.stages:
         names = [term.objective for term in stage.terms()] if stage.kind == "distil" else []
@@ -262,6 +269,23 @@ def _check_objectives(recipe: Recipe, is_other: bool, found: Findings) -> None:
                 f"stages.{stage.name}: chunk_likelihood is for a teacher with other tokens, and these are the student's. "
                 "Use forward_kl or another objective on predictions, which tell more."
             )
+
+
+def _check_trie(recipe: Recipe, found: Findings) -> None:
+    """A student whose patches are the teacher's tokens learns predictions; of a store of tokens, those at patch starts."""
+    is_stored = recipe.teacher is not None and recipe.teacher.store is not None
+    for stage in recipe.stages:
+        for term in stage.terms() if stage.kind == "distil" else ():
+            if term.objective in FEATURES:
+                found.problems.append(
+                    f"stages.{stage.name}: the teacher's hidden states stand at tokens, the student's at bytes, so {term.objective} "
+                    "has nothing to compare. Use objectives on predictions, such as forward_kl or byte_trie."
+                )
+            elif is_stored and term.objective not in (BYTE_TRIE, "cross_entropy"):
+                found.problems.append(
+                    f"stages.{stage.name}: the store holds predictions of tokens, which byte_trie can use and {term.objective} "
+                    "cannot. Use byte_trie, or capture with this recipe's tokenizer, which stores predictions of bytes."
+                )
 
 
 def _check_exact(recipe: Recipe, found: Findings) -> None:

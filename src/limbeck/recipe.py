@@ -12,37 +12,22 @@ from typing import Annotated, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from limbeck.recipe_agreement import scratch_problems, teacher_problems
+from limbeck.recipe_agreement import curriculum_problems, scratch_problems, teacher_problems
 from limbeck.recipe_stages import AnyStage
 from limbeck.recipe_student import Student
 from limbeck.recipe_teachers import Capture, Teacher
+from limbeck.recipe_tokenizer import Tokenizer
 from limbeck.recipe_values import (
     Count,
     Device,
     NonEmpty,
     Part,
     Problems,
-    RecipeProblems,
     SafeName,
     Whole,
     bare_source,
     refuse_problems,
 )
-
-
-class Tokenizer(Part):
-    """How text becomes tokens; by default as the teacher does it."""
-
-    source: NonEmpty | None = Field(default=None, description="Hub id or folder; null takes the teacher's.")
-    train_vocab_size: Annotated[int, Field(ge=260, le=1_000_000), Whole] | None = Field(
-        default=None, description="Train a byte-level BPE of this many tokens on data.train; only without a teacher."
-    )
-
-    @model_validator(mode="after")
-    def _one_origin(self) -> Tokenizer:
-        if self.source is not None and self.train_vocab_size is not None:
-            raise RecipeProblems({"train_vocab_size": "give either source or train_vocab_size, not both"})
-        return self
 
 
 class Source(Part):
@@ -84,6 +69,11 @@ class Data(Part):
     train: list[AnySource] = Field(min_length=1, description="Sources of training text.")
     heldout: list[AnyHeldout] = Field(min_length=1, description="Sources of held-out text for measurements.")
     context_tokens: Annotated[int, Field(ge=8), Whole] = Field(description="Tokens in one training window.")
+    packing: Literal["stream", "documents"] = Field(
+        default="stream",
+        description="Cut windows out of the running text (stream: nothing is lost), or begin every window with a document "
+        "and fill it with those that fit best (documents: the rest of one that had to be cut begins another window).",
+    )
     cross_documents: bool = Field(
         default=False, description="Let attention and convolution look across the documents packed into one window."
     )
@@ -234,6 +224,7 @@ def _stage_problems(recipe: Recipe) -> Problems:
             problems[f"{place}.micro_batch_sequences"] = (
                 f"{stage.micro_batch_sequences} exceeds the {sequences} windows of a step"
             )
+        problems |= curriculum_problems(recipe, index)
     return problems
 
 

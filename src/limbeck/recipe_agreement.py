@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from limbeck.recipe_objectives import CROSS_TOKENIZER, FEATURES, HIDDEN_STATES
+from limbeck.recipe_objectives import BYTE_TRIE, CROSS_TOKENIZER, FEATURES, HIDDEN_STATES, STRETCHES
 from limbeck.recipe_student import Student
+from limbeck.recipe_tokenizer import TEACHER_BORDERS
 from limbeck.recipe_values import Problems
 
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
 
+BYTE_POOL = "limbeck_bytepool"
 _HYENA_KEYS = ("keep_attention", "keep_rule", "hyena", "failed_layers")
 
 
@@ -19,9 +21,14 @@ def teacher_problems(recipe: Recipe) -> Problems:
     assert recipe.teacher is not None
     student, teacher = recipe.student, recipe.teacher
     problems: Problems = {}
-    if recipe.tokenizer.train_vocab_size is not None and student.architecture is None:
-        problems["tokenizer.train_vocab_size"] = "only a student of a new architecture can have new tokens. Remove it"
-    origins = [name for name in ("source", "architecture", "shrink") if getattr(student, name) is not None]
+    for name in ("train_vocab_size", "segmenter"):
+        if getattr(recipe.tokenizer, name) is not None and not student.is_new:
+            problems[f"tokenizer.{name}"] = (
+                "only a student of a new size or architecture can have new tokens. Remove it"
+            )
+    origins = [name for name in ("source", "size", "architecture", "shrink") if getattr(student, name) is not None]
+    if origins[:2] == ["size", "architecture"]:
+        del origins[1]
     if len(origins) > 1:
         problems[f"student.{origins[1]}"] = f"student.{origins[0]} is given too; the student has one origin"
     elif origins:
@@ -50,9 +57,21 @@ def _own_student_problems(recipe: Recipe, origin: str) -> Problems:
             problems[f"stages.{index}.kind"] = f"a student from student.{origin} has no replaced mixers to align"
         elif getattr(stage, "train", "all") == "mixers":
             problems[f"stages.{index}.train"] = f"a student from student.{origin} has no new mixers. Use all"
-    if origin == "architecture" and not isinstance((recipe.student.architecture or {}).get("model_type"), str):
-        problems["student.architecture"] = "model_type is missing: the name transformers gives it, such as gpt_neox"
+    if recipe.student.is_new:
+        problems |= _new_student_problems(recipe)
     return problems
+
+
+def _new_student_problems(recipe: Recipe) -> Problems:
+    """What a student of its own architecture must say, and how its input must fit."""
+    family = recipe.student.configuration.get("model_type")
+    if not isinstance(family, str):
+        return {"student.architecture": "model_type is missing: the name transformers gives it, such as gpt_neox"}
+    if family == BYTE_POOL and recipe.tokenizer.segmenter is None:
+        return {"tokenizer.segmenter": "this student reads bytes: say how they are cut, such as space or teacher"}
+    if recipe.tokenizer.segmenter == TEACHER_BORDERS and recipe.teacher is None:
+        return {"tokenizer.segmenter": "there is no teacher whose borders could be used. Use space, or trained"}
+    return {}
 
 
 def _teaching_problems(recipe: Recipe) -> Problems:
@@ -83,6 +102,14 @@ def _teaching_problems(recipe: Recipe) -> Problems:
                     "random draws estimate forward_kl at temperature 1 without bias, and nothing else. Use that, or targets: top_k"
                 )
             where = f"{place}.objectives.{number}.objective"
+            if recipe.teacher.targets == "sampled" and reads_teachers_trie(recipe):
+                problems["teacher.targets"] = (
+                    "of 260 symbols all are handed over, or the top_k; draws are for vocabularies"
+                )
+            if term.objective == BYTE_TRIE and not reads_teachers_trie(recipe):
+                problems[where] = (
+                    "byte_trie needs a student that reads bytes, cut at the teacher's borders: tokenizer.segmenter: teacher"
+                )
             if term.objective in FEATURES and (
                 kind in ("served", "several") or (kind == "store" and term.objective not in HIDDEN_STATES)
             ):
@@ -96,20 +123,54 @@ def _teaching_problems(recipe: Recipe) -> Problems:
     return problems
 
 
+def curriculum_problems(recipe: Recipe, index: int) -> Problems:
+    """Rows and patches that grow over a stage: whether they can with this data, this student and this teacher."""
+    stage = recipe.stages[index]
+    problems: Problems = {}
+    context = recipe.data.context_tokens
+    for number, part in enumerate(stage.length_curriculum):
+        if context % part.divisor or context // part.divisor < 8:
+            problems[f"stages.{index}.length_curriculum.{number}.divisor"] = (
+                f"{part.divisor} does not divide data.context_tokens ({context}) into rows of 8 tokens or more"
+            )
+    if stage.patch_curriculum and recipe.tokenizer.segmenter is None:
+        problems[f"stages.{index}.patch_curriculum"] = (
+            "this student reads no bytes. Give tokenizer.segmenter, or remove it"
+        )
+    stored = recipe.teacher is not None and recipe.teacher.kind in ("store", "served")
+    for name in ("length_curriculum", "patch_curriculum"):
+        if getattr(stage, name) and (stage.kind == "align" or (stored and stage.kind == "distil")):
+            problems[f"stages.{index}.{name}"] = (
+                "targets were written down for whole windows, and layers are aligned on them. Remove it"
+            )
+    return problems
+
+
+def reads_teachers_trie(recipe: Recipe) -> bool:
+    """Whether the student reads bytes in patches that are the teacher's tokens, and learns from predictions, not stretches."""
+    if recipe.teacher is None or recipe.tokenizer.segmenter is None:
+        return False
+    named = {term.objective for stage in recipe.stages if stage.kind == "distil" for term in stage.terms()}
+    return not named & STRETCHES and recipe.tokenizer.segmenter in (TEACHER_BORDERS, f"bpe:{recipe.teacher.start}")
+
+
 def scratch_problems(recipe: Recipe) -> Problems:
     """What a recipe without a teacher cannot ask for."""
     problems: Problems = {}
-    student, architecture = recipe.student, recipe.student.architecture
+    student = recipe.student
     if student.shrink is not None:
         problems["student.shrink"] = "without a teacher there is nothing to shrink"
-    if student.source is not None and architecture is not None:
-        problems["student.source"] = "student.architecture is given too; the student has one origin"
-    elif student.source is None and architecture is None:
-        problems["teacher"] = "no teacher and no student.architecture: there is nothing to build. Give one of them"
-    elif architecture is not None and not isinstance(architecture.get("model_type"), str):
-        problems["student.architecture"] = "model_type is missing: the name transformers gives it, such as gpt_neox"
-    if student.source is None and recipe.tokenizer.source is None and recipe.tokenizer.train_vocab_size is None:
-        problems["tokenizer"] = "without a teacher, give tokenizer.source or tokenizer.train_vocab_size"
+    if student.source is not None and student.is_new:
+        problems["student.source"] = "student.size or architecture is given too; the student has one origin"
+    elif student.source is None and not student.is_new:
+        problems["teacher"] = (
+            "no teacher, no student.size and no student.architecture: there is nothing to build. Give one"
+        )
+    elif student.is_new:
+        problems |= _new_student_problems(recipe)
+    words = recipe.tokenizer
+    if student.source is None and words.source is None and words.train_vocab_size is None and words.segmenter is None:
+        problems["tokenizer"] = "without a teacher, give tokenizer.source, train_vocab_size or segmenter"
     if student.initialisation != "random" and student.source is None:
         problems["student.initialisation"] = (
             f"{student.initialisation} needs a teacher's weights. Without one write random"

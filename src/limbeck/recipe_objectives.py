@@ -12,7 +12,7 @@ ObjectiveName = Literal[
     "cross_entropy", "forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "skewed_forward_kl",
     "skewed_reverse_kl", "adaptive_kl", "alpha_beta", "total_variation", "hinge", "logistic_ranking",
     "sorted_earth_mover", "logit_mse", "hidden_mse", "hidden_cosine", "linear_cka", "contrastive", "attention_kl",
-    "value_relation", "qkv_relation", "mixing_matrix_distance", "chunk_likelihood",
+    "value_relation", "qkv_relation", "mixing_matrix_distance", "chunk_likelihood", "byte_trie",
 ]  # fmt: skip
 FEATURES = frozenset(
     {
@@ -22,6 +22,8 @@ FEATURES = frozenset(
 )  # fmt: skip
 HIDDEN_STATES = frozenset({"hidden_mse", "hidden_cosine", "linear_cka", "contrastive"})
 CROSS_TOKENIZER = frozenset({"cross_entropy", "sorted_earth_mover", "chunk_likelihood"})
+STRETCHES = frozenset({"sorted_earth_mover", "chunk_likelihood"})
+BYTE_TRIE = "byte_trie"
 
 
 class Ramp(Part):
@@ -151,6 +153,8 @@ def _option_problems(term: Objective) -> Problems:
     for name, value in term.options.items():
         if name not in known:
             found[name] = unknown_name(f"option of {term.objective}", name, known)
-        elif not isinstance(value, int | float | type(None)) or isinstance(value, bool):
+        elif isinstance(known[name], str) != isinstance(value, str):
+            found[name] = f"expected a {'name' if isinstance(known[name], str) else 'number'}, got {value!r}"
+        elif not isinstance(value, int | float | str | type(None)) or isinstance(value, bool):
             found[name] = f"expected a number, got {value!r}"
     return found

@@ -7,7 +7,47 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from limbeck.recipe_objectives import Objective, ObjectiveName, OnPolicy, objective_problems
-from limbeck.recipe_values import Count, Decay, Part, Problems, Rate, RecipeProblems, SafeName, Share, refuse_problems
+from limbeck.recipe_values import (
+    Count,
+    Decay,
+    Part,
+    Problems,
+    Rate,
+    RecipeProblems,
+    SafeName,
+    Share,
+    Whole,
+    refuse_problems,
+)
+
+
+class DropoutCourse(Part):
+    """Dropout that changes over the stage (arXiv:2409.05423)."""
+
+    kind: Literal["linear", "triangular"] = Field(
+        default="linear", description="From start to end once, or there and back `cycles` times."
+    )
+    start: Decay = Field(description="Dropout at the first step.")
+    end: Decay = Field(description="Dropout at the last step, or at the height of a cycle.")
+    cycles: Count = Field(default=4, description="Cycles of triangular.")
+
+
+class ShorterRows(Part):
+    """A part of the stage in which windows are cut into shorter rows."""
+
+    share: Annotated[Share, Field(gt=0)] = Field(description="Share of the stage's steps.")
+    divisor: Annotated[int, Field(ge=2), Whole] = Field(
+        description="Rows of a window of data.context_tokens, which it must divide; a step's tokens stay."
+    )
+
+
+class ShorterPatches(Part):
+    """A part of the stage in which long patches are cut (for a student that reads bytes)."""
+
+    share: Annotated[Share, Field(gt=0)] = Field(description="Share of the stage's steps.")
+    symbols: Annotated[int, Field(ge=2), Whole] = Field(
+        description="Most symbols in a patch, its closing one included."
+    )
 
 
 class Stage(Part):
@@ -31,8 +71,22 @@ class Stage(Part):
     mixer_learning_rate: Rate | None = Field(
         default=None, description="Peak learning rate of the new mixers; null takes learning_rate."
     )
+    embedding_learning_rate: Rate | None = Field(
+        default=None,
+        description="Peak learning rate of embeddings and head, which then have no weight decay; null takes learning_rate.",
+    )
+    scalar_learning_rate: Rate | None = Field(
+        default=None,
+        description="Peak learning rate of vectors and scalars (norms, residual scales); null takes learning_rate.",
+    )
     weight_decay: Annotated[float, Field(ge=0, le=1)] = Field(
         default=0.1, description="Decoupled weight decay on matrices; filters, norms and biases have none."
+    )
+    cautious_decay: bool = Field(
+        default=False, description="Decay a weight only where the step shrinks it too (arXiv:2510.12402)."
+    )
+    decay_schedule: Literal["constant", "linear"] = Field(
+        default="constant", description="Weight decay over the stage: as it is, or falling to zero."
     )
     betas: Annotated[tuple[Decay, Decay], Field(strict=False)] = Field(
         default=(0.9, 0.95), description="AdamW's decay rates of the two moments (GPT-3 and Pythia use 0.9 and 0.95)."
@@ -50,8 +104,19 @@ class Stage(Part):
     ema_decay: Annotated[Decay, Field(gt=0)] | None = Field(
         default=None, description="Keep an exponential average of the weights with this decay a step; null keeps none."
     )
-    dropout: Decay | None = Field(
-        default=None, description="Dropout while training, in place of the model's own; null leaves the model's."
+    dropout: Decay | DropoutCourse | None = Field(
+        default=None,
+        description="Dropout while training, in place of the model's own: a number, or a course over the stage; null leaves "
+        "the model's.",
+    )
+    length_curriculum: list[ShorterRows] = Field(
+        default_factory=list,
+        description="Parts of the stage, in order, that train on shorter rows; what is left trains on whole windows "
+        "(arXiv:2108.06084).",
+    )
+    patch_curriculum: list[ShorterPatches] = Field(
+        default_factory=list,
+        description="Parts of the stage, in order, that train on shorter patches: less pooling first (arXiv:2605.30080).",
     )
 
     @property
@@ -66,6 +131,9 @@ class Stage(Part):
             problems["tokens"] = f"{self.tokens} is less than one step of {self.batch_tokens}: nothing would train"
         if self.schedule == "wsd" and self.warmup_share + self.decay_share > 1:
             problems["decay_share"] = "warmup_share and decay_share together exceed the whole stage"
+        for name in ("length_curriculum", "patch_curriculum"):
+            if sum(part.share for part in getattr(self, name)) > 1:
+                problems[name] = "its shares together exceed the whole stage"
         refuse_problems(problems)
         return self
 

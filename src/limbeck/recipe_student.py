@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
@@ -84,10 +85,48 @@ class Student(Part):
         description="A trained model of any family to be taught as it is (hub id, folder, .gguf file, `embedded`); "
         "null makes the student from the teacher.",
     )
+    size: NonEmpty | None = Field(
+        default=None,
+        description="A new model of a size that ships: bytepool-10m, -50m, -100m (bytes), bpe-10m, -50m, -100m (tokens), "
+        "stlm-parallel, stlm-parallel-shared.",
+    )
     architecture: dict[str, Any] | None = Field(
         default=None,
-        description="A new model from random weights: its configuration for transformers (model_type and its keys).",
+        description="A new model from random weights: its configuration for transformers (model_type and its keys); with "
+        "size, the keys that differ from it.",
     )
     shrink: Shrink | None = Field(
         default=None, description="A smaller copy of the teacher, its least used parts left out (arXiv:2407.14679)."
     )
+
+    @model_validator(mode="after")
+    def _known_size(self) -> Student:
+        if self.size is not None:
+            from limbeck.core.errors import unknown_name
+            from limbeck.models.sizes import SIZES
+
+            if self.size not in SIZES:
+                raise RecipeProblems({"size": unknown_name("size", self.size, SIZES)})
+        return self
+
+    @property
+    def is_new(self) -> bool:
+        """Whether it starts from random weights of an architecture of its own."""
+        return self.size is not None or self.architecture is not None
+
+    @property
+    def configuration(self) -> dict[str, Any]:
+        """The configuration of a new model: its size's, with the keys of `architecture` in their place."""
+        if self.size is None:
+            return dict(self.architecture or {})
+        from limbeck.models.sizes import SIZES
+
+        return _merged(SIZES[self.size], self.architecture or {})
+
+
+def _merged(base: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    found = dict(base)
+    for key, value in changes.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = _merged(found[key], value) if both else value
+    return found

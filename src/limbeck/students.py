@@ -36,9 +36,9 @@ def initial_student(work: Run) -> Any:
     words = work.recipe.student
     if words.source is not None:
         return _trained_student(work, words.source)
-    if words.architecture is not None:
+    if words.is_new:
         seed = derive_seed(work.recipe.seed, "student")
-        return assembly.scratch_model(work.recipe, work.tokenizer, seed=seed).to(work.device)
+        return assembly.scratch_model(work.recipe, work.tokenizer, work.data, seed=seed).to(work.device)
     folder = work.folder / "arms" / "student" / "initial"
     saved = newest_checkpoint(folder)
     if words.shrink is not None:

@@ -1,22 +1,21 @@
-"""From the words of a recipe to a teacher that hands over targets, and to the lesson of each stage."""
+"""From the words of a recipe to a teacher that hands over targets."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from limbeck import assembly
+from limbeck import reading
 from limbeck.core.errors import RecipeError, VocabularyError
 from limbeck.core.runtime import derive_seed
 from limbeck.models.heads import SplitModel
-from limbeck.models.surgery import find_attention
 from limbeck.models.tokenizers import tokenizer_fingerprint
 from limbeck.models.vocabulary import TokenizerComparison, compare_tokenizers, require_same_tokens
-from limbeck.objectives.features import FEATURE_OBJECTIVES
 from limbeck.recipe import Recipe
-from limbeck.recipe_objectives import CROSS_TOKENIZER, FEATURES, Objective, OnPolicy, Ramp
+from limbeck.recipe_agreement import reads_teachers_trie
+from limbeck.recipe_objectives import CROSS_TOKENIZER
 from limbeck.recipe_teachers import Teacher
 from limbeck.store.store import TargetStore
 from limbeck.teachers.base import TargetSource
@@ -28,19 +27,17 @@ from limbeck.teachers.own import EmaTeacher, PreviousGeneration
 from limbeck.teachers.several import SeveralTeachers, weights_by_text
 from limbeck.teachers.stored import StoredTargets
 from limbeck.teachers.stored_aligned import StoredAlignedTargets
+from limbeck.teachers.stored_trie import StoredTriePaths
 from limbeck.teachers.stored_windows import StoreWindows
-from limbeck.train.distil import DistilLesson, Term
-from limbeck.train.lesson import Lesson
-from limbeck.train.on_policy import AdaptiveLesson, MiniLLMLesson, OnPolicyLesson
-from limbeck.train.rollouts import Writing
-from limbeck.train.stages import AlignLesson
+from limbeck.teachers.trie import TrieTeacher
+from limbeck.train.distil import Term
 
 if TYPE_CHECKING:
     from limbeck.pipeline import Run
 
 
-# Held-out rows by which an adaptive share of the student's own writing is set.
-_ADAPTIVE_ROWS = 16
+# Tokens that are followed through the trie at each patch, unless the recipe says otherwise.
+TRIE_PATHS = 8
 
 
 @dataclass
@@ -48,13 +45,15 @@ class Teaching:
     """What all stages of a run share of their teacher.
 
     kind: as `Teacher.kind`, or "none". comparison: how the student's tokenizer stands to the teacher's; None when they
-    are one and the same, or the teacher has none here. store: the targets that were captured. members: several teachers.
+    are one and the same, or the teacher has none here. is_trie: the student's patches of bytes are the teacher's tokens.
+    store: the targets that were captured. members: several teachers.
     """
 
     kind: str
     name: str | None
     comparison: TokenizerComparison | None = None
     is_cross_tokenizer: bool = False
+    is_trie: bool = False
     store: TargetStore | None = None
     members: list[Any] = field(default_factory=list)
 
@@ -99,6 +98,7 @@ def open_teaching(work: Run) -> Teaching:
         teaching.comparison = compare_tokenizers(work.tokenizer, work.teacher.tokenizer)
         if teaching.store is None:
             teaching.is_cross_tokenizer = not teaching.comparison.can_share_logits
+    teaching.is_trie = teaching.is_cross_tokenizer and reads_teachers_trie(work.recipe)
     _check_objectives(work.recipe, teaching)
     if teaching.store is not None and words.closed is None:
         _check_store(work, teaching)
@@ -135,6 +135,8 @@ def _check_objectives(recipe: Recipe, teaching: Teaching) -> None:
             "says more at less cost. Use that."
         )
     if not teaching.is_cross_tokenizer or (recipe.teacher is not None and recipe.teacher.exact):
+        return
+    if teaching.is_trie and (teaching.store is None or named <= {"byte_trie", "cross_entropy"}):
         return
     wrong = [
         term.objective
@@ -188,7 +190,7 @@ def entries_of(words: Teacher, *, seed: int, vocabulary_size: int) -> Entries:
     return Sampled(words.draws, seed=seed) if words.targets == "sampled" else Dense()
 
 
-def target_source(work: Run, student: Any) -> tuple[TargetSource | None, int | None]:
+def target_source(work: Run, student: Any, terms: Sequence[Term]) -> tuple[TargetSource | None, int | None]:
     """The teacher of a stage, and how many rows of the student's logits to use (None: all)."""
     words, teaching = work.recipe.teacher, work.teaching
     if words is None or words.closed is not None:
@@ -204,7 +206,13 @@ def target_source(work: Run, student: Any) -> tuple[TargetSource | None, int | N
         )
         return own, None
     if teaching.store is not None:
-        return _stored(work), None
+        return _stored(work, terms), None
+    if teaching.is_trie and not isinstance(entries, Sampled):
+        trie = TrieTeacher(
+            work.teacher.model, work.teacher.tokenizer, work.tokenizer, entries=entries, paths=trie_paths(terms),
+            name=work.teacher.source,
+        )  # fmt: skip
+        return trie, None
     if teaching.is_cross_tokenizer and words.exact:
         rows = SplitModel(student).vocabulary_size
         exact = ExactTeacher(
@@ -231,13 +239,21 @@ def _member_weights(words: Teacher) -> Any:
     return weights if all(taught is None for taught in texts) else weights_by_text(weights, texts)
 
 
-def _stored(work: Run) -> TargetSource:
+def trie_paths(terms: Sequence[Term]) -> int:
+    """How many of the teacher's tokens a stage follows through the trie; 0 when it does not."""
+    return next((int(term.options.get("paths") or TRIE_PATHS) for term in terms if term.objective == "byte_trie"), 0)
+
+
+def _stored(work: Run, terms: Sequence[Term]) -> TargetSource:
     if not work.teaching.is_cross_tokenizer:
         return StoredTargets(work.teaching.store)
     from limbeck.models.token_bytes import read_token_bytes
 
     windows = _store_windows(work)
     assert windows is not None
+    if work.teaching.is_trie:
+        theirs = reading.teachers_tokenizer(work.recipe, work.teacher)
+        return StoredTriePaths(windows, tokenizer=theirs, byte_tokenizer=work.tokenizer, paths=trie_paths(terms))
     return StoredAlignedTargets(windows, tokenizer=work.tokenizer, tokens=read_token_bytes(work.tokenizer))
 
 
@@ -261,114 +277,3 @@ def shared_vocabulary(work: Run, student: Any, teachers: list[Any]) -> int | Non
             f"vocabularies are padded differently ({', '.join(map(str, sizes))} rows): the first {usable} are used"
         )
     return usable
-
-
-def build_lesson(work: Run, plan: assembly.StagePlan, student: Any, *, power: Mapping[int, float]) -> Lesson:
-    """The lesson of a phase."""
-    spec = plan.spec
-    if spec.kind == "align":
-        return _align_lesson(work, plan, student, power)
-    if spec.kind == "tune":
-        return DistilLesson(student, None, [Term("cross_entropy")])
-    source, usable = target_source(work, student)
-    terms, projections = _terms(work, spec, student)
-    if spec.on_policy is not None:
-        return _on_policy_lesson(work, spec, student, source, terms, projections, usable)
-    return DistilLesson(
-        student, source, terms, projections=projections, vocabulary_size=usable,
-        crosses_tokenizers=work.teaching.is_cross_tokenizer and not isinstance(source, ExactTeacher),
-    )  # fmt: skip
-
-
-def _on_policy_lesson(
-    work: Run, spec: Any, student: Any, source: Any, terms: list[Term], projections: Any, usable: int | None
-) -> Lesson:
-    words: OnPolicy = spec.on_policy
-    writing = Writing(
-        prompt_tokens=words.prompt_tokens, max_new_tokens=words.max_new_tokens, temperature=words.temperature,
-        top_p=words.top_p, end_token=work.tokenizer.eos_token_id, rows_at_a_time=spec.micro_batch_sequences,
-    )  # fmt: skip
-    if words.method == "minillm":
-        return MiniLLMLesson(
-            student, source, terms, writing=writing, teacher_share=words.teacher_share, vocabulary_size=usable
-        )
-    shared: dict[str, Any] = {"writing": writing, "projections": projections, "vocabulary_size": usable}
-    if words.method == "mixed":
-        return OnPolicyLesson(student, source, terms, share=0.5 if words.share is None else words.share, **shared)
-    rows = min(_ADAPTIVE_ROWS, work.heldout.windows)
-    return AdaptiveLesson(
-        student, source, terms, heldout=work.heldout.batch(0, rows).to(work.device), buffer_rows=words.buffer,
-        first_share=words.share or 0.0, **shared,
-    )  # fmt: skip
-
-
-def _align_lesson(work: Run, plan: assembly.StagePlan, student: Any, power: Mapping[int, float]) -> AlignLesson:
-    assert plan.layers is not None
-    mixers = student.mixers()
-    teacher = work.teacher.model
-    modules = {site.layer_index: site.module for site in find_attention(teacher) if site.layer_index in plan.layers}
-    return AlignLesson(
-        student, teacher, student_mixers=mixers, teacher_mixers=modules,
-        operators={layer: mixers[layer].operator for layer in plan.layers},
-        power=power, layers=plan.layers, inputs=plan.spec.inputs,
-    )  # fmt: skip
-
-
-def _terms(work: Run, spec: Any, student: Any) -> tuple[list[Term], Any]:
-    """The recipe's objectives as terms, and the projections that widths make necessary."""
-    objectives: list[Objective] = spec.terms()
-    pairs = {term.objective: _pairs(work, term, student) for term in objectives if term.objective in FEATURES}
-    terms = [
-        Term(
-            term.objective, term.weight.at if isinstance(term.weight, Ramp) else _constant(term.weight),
-            term.temperature, term.missing, dict(term.options), tuple(pairs.get(term.objective, ())),
-        )
-        for term in objectives
-    ]  # fmt: skip
-    projected = sorted(
-        {pair for name, found in pairs.items() if FEATURE_OBJECTIVES[name].needs_projection for pair in found}
-    )
-    if not projected:
-        return terms, None
-    from limbeck.models.anatomy import hidden_width
-    from limbeck.models.projections import FeatureProjections
-
-    widths = hidden_width(student), _teacher_width(work, student)
-    if widths[0] == widths[1]:
-        return terms, None
-    seed = derive_seed(work.recipe.seed, "projections")
-    projections = FeatureProjections(projected, student_width=widths[0], teacher_width=widths[1], seed=seed)
-    return terms, projections.to(work.device)
-
-
-def _constant(weight: float) -> Any:
-    return lambda progress: weight
-
-
-def _teacher_width(work: Run, student: Any) -> int:
-    from limbeck.models.anatomy import hidden_width
-
-    if work.recipe.teacher is not None and work.recipe.teacher.itself is not None:
-        return hidden_width(student)
-    if work.teacher is not None:
-        return hidden_width(work.teacher.model)
-    widths = set(work.teaching.store.manifest.hidden_width.values())
-    return int(widths.pop())
-
-
-def _pairs(work: Run, term: Objective, student: Any) -> list[tuple[int, int]]:
-    from limbeck.models.anatomy import find_layers
-    from limbeck.models.layer_maps import layer_map
-
-    own = len(find_layers(student))
-    words: Any = term.layers
-    if work.teacher is not None:
-        return layer_map(words, own, len(find_layers(work.teacher.model)))
-    if work.teaching.store is None:
-        return layer_map(words, own, own)
-    if not isinstance(words, list):
-        layers = list(work.teaching.store.hidden_layers)
-        raise RecipeError(
-            f"{term.objective}: name the layers as pairs of student and teacher layers; the store has the teacher's {layers}."
-        )
-    return layer_map(words, own, max(work.teaching.store.hidden_layers, default=0))

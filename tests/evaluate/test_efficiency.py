@@ -65,7 +65,8 @@ def test_models_take_turns_and_the_order_is_reversed():
 
 
 def test_comparison_says_where_the_student_is_slower(monkeypatch):
-    def measured(models, context, *_):
+    def measured(models, prompts, *_):
+        context = prompts[-1].context
         teacher = SpeedMeasurement(
             context=context, prefill_seconds=1.0, decode_seconds_per_token=0.01, cache_bytes=1000, peak_memory_bytes=100
         )
@@ -211,3 +212,16 @@ def test_memory_of_other_devices_is_not_invented():
         pass
     assert watch.peak_bytes is None
     assert "not measured" in watch.method
+
+
+def test_models_with_other_tokens_read_the_same_bytes_and_are_compared_by_the_byte():
+    calls = []
+    teacher, student = Recorder("teacher", calls), Recorder("student", calls)
+    words = efficiency.Reading([1, 2, 3, 4], [4, 4, 4, 4])
+    bytes_ = efficiency.Reading([5, 6, 7, 8, 9, 5], [1, 1, 1, 1, 0, 4])
+    found = compare_speed(teacher, student, context_lengths=[5], decode_tokens=1, repeats=1, readings=[words, bytes_])
+    row = found.rows[0]
+    assert (row.teacher.context, row.student.context) == (1, 5)
+    seconds = row.teacher.decode_seconds_per_token, row.student.decode_seconds_per_token
+    assert row.decode_speedup == pytest.approx(seconds[0] / 4 / (seconds[1] / (8 / 6)))
+    assert "same text" in found.note

@@ -2,6 +2,7 @@ import pytest
 import torch
 from tests.evaluate.small_models import build_model
 from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from limbeck.core.errors import DataError
 from limbeck.evaluate.windows import position_limit, prepare_document, prepare_documents, sliding_windows
@@ -121,6 +122,12 @@ def test_max_tokens_below_one_is_refused(plain_tokenizer):
 @pytest.mark.parametrize(("family", "limit"), [("gpt2", 64), ("opt", 64), ("gpt_neox", None), ("llama", None)])
 def test_position_limit_is_that_of_a_learned_table(family, limit):
     assert position_limit(build_model(family, dtype=torch.float32)) == limit
+
+
+def test_positions_within_a_patch_are_no_limit():
+    trunk = {"width": 8, "layers": 1, "heads": 1, "feed_forward": 8}
+    config = AutoConfig.for_model("limbeck_bytepool", local_width=8, local_heads=1, trunk=trunk)
+    assert position_limit(AutoModelForCausalLM.from_config(config)) is None
 
 
 def test_position_limit_ignores_other_embeddings():

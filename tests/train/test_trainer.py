@@ -7,22 +7,23 @@ import pytest
 import torch
 from torch import nn
 
-from limbeck.core.errors import TrainingError
+from limbeck.core.errors import RecipeError, TrainingError
 from limbeck.core.runtime import StopRequest
 from limbeck.data.order import Mixture
 from limbeck.data.windows import TokenWindows
 from limbeck.train.lesson import Lesson
 from limbeck.train.metrics import MetricsLog
+from limbeck.train.stages import DropoutSchedule
 from limbeck.train.trainer import StageSettings, load_weights, train_stage, weights_of
 
 
 class Model(nn.Module):
-    def __init__(self):
+    def __init__(self, vocabulary=260):
         super().__init__()
         torch.manual_seed(5)
-        self.embed = nn.Embedding(11, 8)
+        self.embed = nn.Embedding(vocabulary, 8)
         self.drop = nn.Dropout(0.1)
-        self.head = nn.Linear(8, 11)
+        self.head = nn.Linear(8, vocabulary)
 
     def forward(self, ids):
         return self.head(self.drop(self.embed(ids)))
@@ -71,9 +72,31 @@ def test_it_learns(tmp_path):
     assert result.curve[-1][1] < 0.5 * result.curve[0][1]
 
 
-@pytest.mark.parametrize("ema", [None, 0.9])
-def test_stopped_anywhere_and_continued_is_bit_identical(tmp_path, ema):
-    settings = StageSettings(**{**vars(SETTINGS), "ema_decay": ema})
+def changed(**options):
+    return StageSettings(**{**vars(SETTINGS), **options})
+
+
+OPTIONS = {
+    "none": {},
+    "average": {"ema_decay": 0.9},
+    "rates": {"embedding_learning_rate": 0.2, "scalar_learning_rate": 0.01},
+    "cautious": {"cautious_decay": True, "weight_decay": 0.5},
+    "fading": {"decay_schedule": "linear"},
+    "muon": {"optimizer": "muon", "cautious_decay": True, "embedding_learning_rate": 0.2, "schedule": "wsd"},
+    "dropout": {"dropout": DropoutSchedule("triangular", 0.0, 0.4, cycles=3)},
+    "length": {"length_curriculum": ((0.3, 4), (0.4, 2))},
+    "patch": {"patch_curriculum": ((0.3, 3), (0.4, 5))},
+    "all": {
+        "optimizer": "muon", "ema_decay": 0.9, "cautious_decay": True, "decay_schedule": "linear", "schedule": "wsd",
+        "embedding_learning_rate": 0.2, "scalar_learning_rate": 0.01, "dropout": DropoutSchedule("linear", 0.0, 0.3),
+        "length_curriculum": ((0.5, 2),), "patch_curriculum": ((0.7, 4),),
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+def test_stopped_anywhere_and_continued_is_bit_identical(tmp_path, options):
+    settings = changed(**options)
     whole, _ = trained(tmp_path / "whole", settings=settings)
 
     class StopAt(StopRequest):
@@ -96,6 +119,88 @@ def test_stopped_anywhere_and_continued_is_bit_identical(tmp_path, ema):
         assert len(result.curve) == 20
 
 
+@pytest.mark.parametrize("name", [name for name in OPTIONS if name != "none"])
+def test_every_option_changes_something(tmp_path, name):
+    without, _ = trained(tmp_path / "without")
+    model, result = trained(tmp_path / "with", settings=changed(**OPTIONS[name]))
+    assert not same(without, model)
+    assert result.tokens == 640
+    assert np.isfinite(result.final_loss)
+
+
+class Watching(NextToken):
+    """Remembers every batch, dropout and weight that an update has."""
+
+    def __init__(self, student):
+        super().__init__(student)
+        self.seen, self.rates, self.weights = [], [], []
+
+    def forward(self, batch):
+        self.seen.append(batch)
+        self.rates.append(self.student.drop.p)
+        return super().forward(batch)
+
+    def end_update(self, step):
+        self.weights.append({name: p.detach().clone() for name, p in self.student.named_parameters()})
+
+
+def watched(folder, settings):
+    kept = []
+
+    def lesson(model):
+        kept.append(Watching(model))
+        return kept[0]
+
+    model, _ = trained(folder, settings=settings, lesson=lesson)
+    return model, kept[0]
+
+
+def test_rows_grow_over_the_stage_and_tokens_stay(tmp_path):
+    _, lesson = watched(tmp_path, changed(length_curriculum=((0.3, 4), (0.4, 2))))
+    assert [tuple(batch.input_ids_BT.shape) for batch in lesson.seen] == [(16, 2)] * 6 + [(8, 4)] * 8 + [(4, 8)] * 6
+    for update, batch in enumerate(lesson.seen):
+        assert torch.equal(batch.input_ids_BT.flatten(), data().batch(4 * update, 4).input_ids_BT.flatten())
+
+
+def test_micro_batches_hold_as_many_tokens_of_shorter_rows(tmp_path):
+    settings = changed(length_curriculum=((1.0, 4),), micro_batch_sequences=2)
+    _, lesson = watched(tmp_path / "parts", settings)
+    assert {tuple(batch.input_ids_BT.shape) for batch in lesson.seen} == {(8, 2)}
+
+
+def test_a_lesson_sees_the_cut_patches(tmp_path):
+    _, lesson = watched(tmp_path, changed(patch_curriculum=((0.5, 3),)))
+    ends = [[place for place, symbol in enumerate(batch.input_ids_BT[0]) if symbol == 259] for batch in lesson.seen]
+    assert ends == [[2, 5]] * 10 + [[]] * 10
+
+
+def test_dropout_follows_its_course_and_the_model_has_its_own_back(tmp_path):
+    model, lesson = watched(tmp_path / "course", changed(dropout=DropoutSchedule("linear", 0.0, 0.38)))
+    torch.testing.assert_close(lesson.rates, [0.02 * update for update in range(20)])
+    assert model.drop.p == 0.1
+    _, lesson = watched(tmp_path / "number", changed(dropout=0.25))
+    assert set(lesson.rates) == {0.25}
+    _, lesson = watched(tmp_path / "none", changed())
+    assert set(lesson.rates) == {0.1}
+
+
+def test_the_average_of_the_weights_is_what_a_stage_leaves(tmp_path):
+    model, lesson = watched(tmp_path, changed(ema_decay=0.8))
+    average = dict(Model().named_parameters())
+    for update, weights in enumerate(lesson.weights, start=1):
+        decay = min(0.8, (1 + update) / (10 + update))
+        average = {name: decay * average[name] + (1 - decay) * weights[name] for name in average}
+    for name, found in model.named_parameters():
+        torch.testing.assert_close(found, average[name])
+        assert not torch.equal(found, lesson.weights[-1][name])
+
+
+def test_curricula_that_do_not_fit_are_refused_before_training(tmp_path):
+    with pytest.raises(RecipeError, match=r"stages.tune.length_curriculum: rows of 8 tokens cannot be cut into 3"):
+        trained(tmp_path, settings=changed(length_curriculum=((0.5, 3),)))
+    assert not list(tmp_path.glob("ck/*"))
+
+
 def test_a_finished_stage_is_not_trained_again(tmp_path):
     first, _ = trained(tmp_path)
 
@@ -108,11 +213,8 @@ def test_a_finished_stage_is_not_trained_again(tmp_path):
 
 
 def test_micro_batches_add_up(tmp_path):
-    def settings(rows):
-        return StageSettings(**{**vars(SETTINGS), "micro_batch_sequences": rows})
-
-    whole, _ = trained(tmp_path / "4", settings=settings(4))
-    parts, _ = trained(tmp_path / "3", settings=settings(3))
+    whole, _ = trained(tmp_path / "4", settings=changed(micro_batch_sequences=4))
+    parts, _ = trained(tmp_path / "3", settings=changed(micro_batch_sequences=3))
     for one, other in zip(whole.parameters(), parts.parameters(), strict=True):
         torch.testing.assert_close(one, other)
 

@@ -11,7 +11,7 @@ import hashlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -19,9 +19,11 @@ import torch
 from limbeck.core.errors import DataError
 from limbeck.core.files import read_json, sha256_file, write_atomic, write_json
 from limbeck.core.types import Batch
+from limbeck.data.packing import PackedWindows, packed_batch
 from limbeck.data.text import TextSource, read_documents
 
 Encode = Callable[[list[str]], list[list[int]]]
+Packing = Literal["stream", "documents"]
 
 
 class TokenWindows:
@@ -48,20 +50,11 @@ class TokenWindows:
         width = self.context_tokens
         spans = [(index * width, (index + 1) * width) for index in indices]
         ids_BT = torch.from_numpy(np.stack([self.tokens[low:high] for low, high in spans]).astype(np.int64))
-        mask_BT = torch.ones_like(ids_BT, dtype=torch.bool)
-        mask_BT[:, 0] = False
-        if self.cross_documents:
-            return Batch(ids_BT, mask_BT)
         begins_BT = torch.zeros_like(ids_BT)
-        for row, (low, high) in enumerate(spans):
+        for row, (low, high) in enumerate([] if self.cross_documents else spans):
             first, last = np.searchsorted(self.starts, [low + 1, high])
             begins_BT[row, torch.from_numpy(self.starts[first:last] - low)] = 1
-        if not begins_BT.any():
-            return Batch(ids_BT, mask_BT)
-        mask_BT &= begins_BT == 0
-        positions_T = torch.arange(width)
-        last_begin_BT = torch.where(begins_BT == 1, positions_T, 0).cummax(dim=1).values
-        return Batch(ids_BT, mask_BT, begins_BT.cumsum(dim=1), positions_T - last_begin_BT)
+        return packed_batch(ids_BT, begins_BT)
 
 
 def tokenise(
@@ -110,10 +103,12 @@ def cached_windows(
     context_tokens: int,
     cross_documents: bool,
     max_tokens: int | None,
-) -> TokenWindows:
+    packing: Packing = "stream",
+) -> TokenWindows | PackedWindows:
     """Tokenise a source once and keep the tokens in `folder`, named by everything they depend on.
 
-    A cache whose checksum does not match is made anew.
+    packing: how rows are made of them: `stream` cuts the running text, `documents` fills rows with documents (see
+    `PackedWindows`). A cache whose checksum does not match is made anew.
     """
     key_facts: dict[str, Any] = {
         "source": vars(source), "tokenizer": tokenizer_fingerprint, "end_token": end_token, "max_tokens": max_tokens, "files": _file_facts(source),
@@ -135,7 +130,7 @@ def cached_windows(
     tokens = np.load(token_file, mmap_mode="r", allow_pickle=False)
     starts = np.load(start_file, allow_pickle=False)
     try:
-        return TokenWindows(tokens, starts, context_tokens=context_tokens, cross_documents=cross_documents)
+        return _PACKINGS[packing](tokens, starts, context_tokens=context_tokens, cross_documents=cross_documents)
     except DataError as error:
         raise DataError(f"text source {source.source} ({source.split}): {error}") from error
 
@@ -160,3 +155,9 @@ def _npy_bytes(array: np.ndarray) -> bytes:
     stream = io.BytesIO()
     np.save(stream, array, allow_pickle=False)
     return stream.getvalue()
+
+
+_PACKINGS: dict[str, Callable[..., TokenWindows | PackedWindows]] = {
+    "stream": TokenWindows,
+    "documents": PackedWindows,
+}

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from limbeck.core.errors import DataError
+from limbeck.models.symbol_streams import text_to_bytes
 
 POSITION_TABLE = re.compile(r"(^|_)(wpe|pos|positions?)(_|$)")
 
@@ -96,7 +97,7 @@ def prepare_document(tokenizer: Any, text: str, *, index: int, budget: int | Non
 
     With a beginning-of-text token the first token of the document is scored too; without one it is context only, and
     its bytes are not counted. The scored text is found by character offsets, or, where the tokenizer has none, by
-    decoding.
+    decoding. A tokenizer of bytes says what it has read byte for byte: a budget may cut a patch or a character there.
     """
     bos = getattr(tokenizer, "bos_token_id", None)
     has_offsets = bool(getattr(tokenizer, "is_fast", False))
@@ -111,7 +112,9 @@ def prepare_document(tokenizer: Any, text: str, *, index: int, budget: int | Non
         stop = len(ids) if budget is None else min(len(ids), first + budget)
     if stop <= first:
         return None
-    if has_offsets:
+    if hasattr(tokenizer, "decode_bytes"):
+        scored = tokenizer.decode_bytes(ids[first:stop]).decode(errors="surrogateescape")
+    elif has_offsets:
         scored = text[offsets[first - 1][1] if first else 0 : None if stop == len(ids) else offsets[stop - 1][1]]
     else:
         scored = text if (first, stop) == (0, len(ids)) else tokenizer.decode(ids[first:stop])
@@ -120,7 +123,7 @@ def prepare_document(tokenizer: Any, text: str, *, index: int, budget: int | Non
         index=index,
         ids=lead + ids[:stop],
         first_target=first + len(lead),
-        bytes=len(scored.encode("utf-8", errors="surrogatepass")),
+        bytes=len(text_to_bytes(scored)),
         words=len(scored.split()),
     )
 
@@ -158,11 +161,13 @@ def prepare_documents(tokenizer: Any, documents: Sequence[str], *, max_tokens: i
 def position_limit(model: nn.Module) -> int | None:
     """The longest text a model's learned position table covers (GPT-2, OPT); None for models without such a table.
 
-    Rotary models may be asked for more than they were trained on, so they have no limit here.
+    Rotary models may be asked for more than they were trained on, so they have no limit here; nor does a table of other
+    positions (those within a patch of bytes) make one: it is not as long as the configuration says texts may be.
     """
+    longest = getattr(getattr(model, "config", None), "max_position_embeddings", None)
     limits = [
         module.num_embeddings - int(getattr(module, "offset", 0))
         for name, module in model.named_modules()
         if isinstance(module, nn.Embedding) and POSITION_TABLE.search(name.rsplit(".", 1)[-1])
     ]
-    return min(limits, default=None)
+    return min((limit for limit in limits if longest is None or limit >= longest), default=None)

@@ -2,7 +2,8 @@
 
 A row of the student's tokens is cut where documents change and at special tokens; each stretch between is text. The
 teacher reads the same text in its own tokens, document by document and from the window's start on, as the student
-does. Borders are compared in bytes, so that a window may begin inside a document and inside a character.
+does. Borders are compared in bytes, so that a window may begin inside a document and inside a character. The symbol
+that ends a patch of bytes has no length and lies in the chunk of the byte before it.
 
 Special tokens are never text. In the midst of a document the end-of-text token becomes the teacher's own, others
 the teacher's token of the same name; where the teacher has none, its document ends and the next text begins a new

@@ -70,7 +70,8 @@ def meet(
     """Find the common borders of two tokenizations and the chunks between them.
 
     *_scored: whether the model predicts the token. A chunk counts only if both predict all of its tokens. until: borders
-    after this offset are not trusted. Tokens that end at or before offset 0 lie before the text.
+    after this offset are not trusted. Tokens that end at or before offset 0 lie before the text. A token of no length,
+    which ends a patch of bytes, belongs to the chunk of the byte before it: what the model pays for the end counts there.
     """
     borders = np.intersect1d(student.borders, teacher.borders)
     borders = borders[(borders >= 0) & (borders <= until)]

@@ -35,6 +35,7 @@ class HybridConfig(PreTrainedConfig):
     model_type = MODEL_TYPE
     sub_configs: ClassVar[dict[str, Any]] = {"backbone": AutoConfig}
     has_no_defaults_at_init: ClassVar[bool] = True
+    takes_document_ids: ClassVar[bool] = True
 
     backbone: Any = None
     mixers: Any = None

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
-from limbeck.models.config import HybridConfig
 
 
 def document_positions(document_ids_BT: Tensor) -> Tensor:
@@ -58,12 +57,12 @@ def packed_attention_mask(config: PreTrainedConfig, position_ids_BT: Tensor, *, 
 def packed_forward_kwargs(model: Any, document_ids_BT: Tensor) -> dict[str, Any]:
     """Keyword arguments that make a model keep packed documents apart.
 
-    model: any causal LM of transformers, a hybrid student included. document_ids_BT: integers that change where a
+    model: any causal LM of transformers, Limbeck's own included. document_ids_BT: integers that change where a
     document ends.
     """
     config = model.config
     positions_BT = document_positions(document_ids_BT)
-    if isinstance(config, HybridConfig):
+    if getattr(config, "takes_document_ids", False):
         return {"position_ids": positions_BT, "document_ids": document_ids_BT, "use_cache": False}
     mask = packed_attention_mask(config, positions_BT, dtype=model.dtype)
     return {"position_ids": positions_BT, "attention_mask": mask, "use_cache": False}

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from limbeck.core.errors import VocabularyError
+from limbeck.core.symbols import BOS, EOD, EOP, PAD, SYMBOLS
 
 PROBES = {
     "upper case": "Upper And lower CASE, McCoy's",
@@ -36,8 +37,9 @@ _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 class TokenBytes:
     """The text of each token of a tokenizer, as bytes.
 
-    pieces: by token id; None for special tokens and ids without a token, which stand for no text. special_names: what
-    special tokens are called, by id. end_id: the end-of-text token. kind: "byte-level", "sentencepiece" or "bytes".
+    pieces: by token id; None for special tokens and ids without a token, which stand for no text. A piece of no bytes is
+    part of a text without a length of its own: the symbol that ends a patch of bytes. special_names: what special tokens
+    are called, by id. end_id: the end-of-text token. kind: "byte-level", "sentencepiece", "bytes" or "symbols".
     adds_space: the tokenizer writes a space of its own before the first word of a text, so the bytes of a document's
     tokens begin with a space that the document has not.
     """
@@ -69,6 +71,8 @@ def read_token_bytes(tokenizer: Any) -> TokenBytes:
     Raises: VocabularyError when the tokens do not show their bytes: text cannot be put together from them again. The
     message says what is lost.
     """
+    if hasattr(tokenizer, "decode_bytes"):
+        return _symbol_bytes(tokenizer)
     names = {token: name for name, token in tokenizer.get_vocab().items()}
     special = _special_ids(tokenizer)
     literal = {
@@ -103,10 +107,22 @@ def encode_text(tokenizer: Any, texts: Sequence[str]) -> list[list[int]]:
 def leading_special_tokens(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer itself writes before a text (a beginning-of-text token, or none)."""
     plain, dressed = encode_text(tokenizer, ["a"])[0], tokenizer("a", verbose=False)["input_ids"]
+    if hasattr(tokenizer, "decode_bytes"):
+        plain = plain[:1]  # the last patch of a prompt is open
     for start in range(len(dressed) - len(plain) + 1):
         if dressed[start : start + len(plain)] == plain:
             return list(dressed[:start])
     return []
+
+
+def _symbol_bytes(tokenizer: Any) -> TokenBytes:
+    """The symbols of a byte-level model: bytes, special symbols, and the end of a patch, which is text of no length."""
+    pieces: list[bytes | None] = [bytes([byte]) for byte in range(256)] + [None] * (SYMBOLS - 256)
+    pieces[EOP] = b""
+    names = {token: name for name, token in tokenizer.get_vocab().items()}
+    return TokenBytes(
+        tuple(pieces), {token: names[token] for token in (PAD, BOS, EOD)}, EOD, "symbols", adds_space=False
+    )
 
 
 def _byte_level_table() -> dict[str, int]:

@@ -38,7 +38,10 @@ def train_tokenizer(documents: Iterable[str], *, vocab_size: int) -> Any:
 
 
 def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
-    """A function from texts to token ids, without special tokens and without length warnings."""
+    """A function from texts to token ids, without special tokens and without length warnings.
+
+    Of a tokenizer of bytes: streams of symbols in which every patch is closed.
+    """
 
     def encode(texts: list[str]) -> list[list[int]]:
         return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
@@ -46,8 +49,26 @@ def encoder(tokenizer: Any) -> Callable[[list[str]], list[list[int]]]:
     return encode
 
 
-def tokenizer_fingerprint(tokenizer: Any) -> str:
-    """SHA-256 of what the tokenizer does: its serialised pipeline when it has one, else its vocabulary."""
+def pipeline_json(tokenizer: Any) -> str | None:
+    """The pipeline of a fast tokenizer as `tokenizers` writes it; None when there is none.
+
+    Padding and truncation, which calls leave behind in it, are no part of what it does to a text.
+    """
     backend = getattr(tokenizer, "backend_tokenizer", None)
-    content = backend.to_str() if backend is not None else json.dumps(sorted(tokenizer.get_vocab().items()))
+    if backend is None:
+        return None
+    if backend.padding is not None or backend.truncation is not None:
+        backend = type(backend).from_str(backend.to_str())
+        backend.no_padding()
+        backend.no_truncation()
+    return backend.to_str()
+
+
+def tokenizer_fingerprint(tokenizer: Any) -> str:
+    """SHA-256 of what the tokenizer does: where it cuts bytes, its serialised pipeline, or else its vocabulary."""
+    facts = getattr(tokenizer, "facts", None)
+    if facts is not None:
+        content = json.dumps(facts(), sort_keys=True)
+    else:
+        content = pipeline_json(tokenizer) or json.dumps(sorted(tokenizer.get_vocab().items()))
     return hashlib.sha256(content.encode()).hexdigest()

@@ -42,4 +42,8 @@ OBJECTIVES: dict[str, Entry] = {
         "text", "how likely stretches of the text are, whatever the tokens (ALM)", "arXiv:2503.20083", True,
         {"coin_temperature": None},
     ),
+    "byte_trie": Entry(
+        "predictions", "the teacher's likeliest tokens as whole patches of bytes, and all others as one", "derived here", True,
+        {"paths": 8, "divergence": "forward_kl"},
+    ),
 }  # fmt: skip

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import nn
 
+from limbeck.core.errors import RecipeError, unknown_name
 from limbeck.core.types import Batch
 from limbeck.models.packing import forward_batch, without_head
 from limbeck.models.recording import recording
@@ -72,10 +76,65 @@ class AlignLesson(Lesson):
         return total, {f"nmse.{layer}": error.detach() for layer, error in errors.items()}
 
 
+Course = Literal["constant", "linear", "triangular"]
+
+
+@dataclass(frozen=True)
+class DropoutSchedule:
+    """How dropout goes over a stage.
+
+    constant: `start` all the time. linear: from `start` at the first update to `end` at the last. triangular: from `start`
+    to `end` and back, `cycles` times. Rates lie in 0 <= rate < 1.
+    Source: arXiv:2409.05423 (early dropout, and dropout for repeated data, in small language models). Deviation: the
+    course is counted over the stage, not between given iterations.
+
+    Raises: RecipeError when there is no such kind, or no such rate or number of cycles.
+    """
+
+    kind: Course = "linear"
+    start: float = 0.0
+    end: float = 0.0
+    cycles: int = 4
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Course):
+            raise RecipeError(f"dropout: {unknown_name('kind', self.kind, get_args(Course))}")
+        if not (0 <= self.start < 1 and 0 <= self.end < 1 and self.cycles >= 1):
+            raise RecipeError(
+                f"dropout goes from {self.start} to {self.end} in {self.cycles} cycles: expected rates of at least 0 and "
+                "below 1, and a cycle at least."
+            )
+
+    def rate(self, step: int, steps: int) -> float:
+        """Dropout for update number `step` (from 0) of `steps`."""
+        if self.kind == "constant":
+            return self.start
+        way = step / max(1, steps - 1)
+        if self.kind == "triangular":
+            way = 1 - abs(2 * (way * self.cycles % 1) - 1)
+        return self.start + (self.end - self.start) * way
+
+
 def set_dropout(model: nn.Module, probability: float) -> None:
     """Set every dropout of a model: its Dropout modules and the attention modules' own rates."""
+    for module, name in _dropouts(model):
+        setattr(module, name, probability)
+
+
+@contextmanager
+def dropout_put_back(model: nn.Module) -> Iterator[None]:
+    """Give every dropout of a model its own rate again on leaving, whatever it was set to meanwhile."""
+    own = [(module, name, getattr(module, name)) for module, name in _dropouts(model)]
+    try:
+        yield
+    finally:
+        for module, name, rate in own:
+            setattr(module, name, rate)
+
+
+def _dropouts(model: nn.Module) -> Iterator[tuple[nn.Module, str]]:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
-            module.p = probability
+            yield module, "p"
         elif isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = probability  # type: ignore[assignment]
+            yield module, "attention_dropout"

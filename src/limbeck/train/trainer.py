@@ -23,16 +23,26 @@ from limbeck.core.runtime import StopRequest, derive_seed, is_main, rank, seed_e
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from limbeck.train.curriculum import Curriculum, check_curricula, eased
 from limbeck.train.diagnostics import warnings_of
 from limbeck.train.lesson import Lesson
 from limbeck.train.metrics import MetricsLog, Progress, SilentProgress
-from limbeck.train.optim import OptimizerSet, Schedule, build_optimizer, learning_rate_scale
+from limbeck.train.optim import (
+    DecaySchedule,
+    OptimizerSet,
+    Schedule,
+    build_optimizer,
+    learning_rate_scale,
+    weight_decay_scale,
+)
+from limbeck.train.stages import DropoutSchedule, dropout_put_back, set_dropout
 
 
 @dataclass(frozen=True)
 class StageSettings:
     """How one stage is trained. Meanings and units as in the recipe; `flops_per_token` is for the books;
-    `diagnoses`: how often in the stage the terms of the loss are weighed against each other."""
+    `diagnoses`: how often in the stage the terms of the loss are weighed against each other. `length_curriculum`: (share of
+    the stage, divisor of the rows' length); `patch_curriculum`: (share, most symbols in a patch); see `train.curriculum`."""
 
     name: str
     tokens: int
@@ -54,6 +64,13 @@ class StageSettings:
     mixer_names: frozenset[str] = frozenset()
     flops_per_token: float = 0.0
     diagnoses: int = 0
+    embedding_learning_rate: float | None = None
+    scalar_learning_rate: float | None = None
+    cautious_decay: bool = False
+    decay_schedule: DecaySchedule = "constant"
+    dropout: float | DropoutSchedule | None = None
+    length_curriculum: Curriculum = ()
+    patch_curriculum: Curriculum = ()
 
     @property
     def steps(self) -> int:
@@ -92,23 +109,24 @@ def train_stage(
     """Train one stage to its token budget, from its newest checkpoint if there is one.
 
     first_sample: the number of the first row in the global order (rows seen by earlier stages lie before it). On
-    return the student holds the stage's weights (their moving average where `ema_decay` is set).
+    return the student holds the stage's weights (their moving average where `ema_decay` is set), and its own dropout.
 
-    Raises: TrainingError when the loss or gradient is not finite (the last checkpoint stays as it is);
-    SystemExit after saving when `stop` was set.
+    Raises: TrainingError when the loss or gradient is not finite (the last checkpoint stays as it is); RecipeError when a
+    curriculum does not fit the rows; SystemExit after saving when `stop` was set.
     """
     progress, stop = progress or SilentProgress(), stop or StopRequest()
     stage = _Stage(lesson, data, settings, folder=folder, log=log, arm=arm, seed=seed, device=device)
     stage.resume()
     progress.start(f"{arm} · {settings.name}", stage.steps * settings.batch_tokens, stage.step * settings.batch_tokens)
     try:
-        while stage.step < stage.steps:
-            loss = stage.update(first_sample)
-            progress.advance(settings.batch_tokens, f"loss {loss:.3f}")
-            if stage.is_checkpoint_due() or stage.step == stage.steps or stop.exit_code is not None:
-                stage.save()
-            if stop.exit_code is not None and stage.step < stage.steps:
-                raise SystemExit(stop.exit_code)
+        with dropout_put_back(lesson.student):
+            while stage.step < stage.steps:
+                loss = stage.update(first_sample)
+                progress.advance(settings.batch_tokens, f"loss {loss:.3f}")
+                if stage.is_checkpoint_due() or stage.step == stage.steps or stop.exit_code is not None:
+                    stage.save()
+                if stop.exit_code is not None and stage.step < stage.steps:
+                    raise SystemExit(stop.exit_code)
     finally:
         progress.finish()
     stage.use_average()
@@ -129,6 +147,10 @@ class _Stage:
                 f"stages.{settings.name}.batch_tokens = {settings.batch_tokens} is {self.rows} windows of {data.context_tokens} tokens, "
                 f"which {world_size()} processes cannot share equally. Use a multiple of {world_size() * data.context_tokens}."
             )
+        check_curricula(
+            settings.name, length=settings.length_curriculum, patch=settings.patch_curriculum,
+            context_tokens=data.context_tokens,
+        )  # fmt: skip
         self.steps = settings.steps
         self.step, self.seconds = 0, 0.0
         self.last_terms: dict[str, float] = {}
@@ -139,7 +161,8 @@ class _Stage:
         self.optimizer: OptimizerSet = build_optimizer(
             (self.trained | self.helpers).items(), kind=settings.optimizer, learning_rate=settings.learning_rate,
             mixer_learning_rate=settings.mixer_learning_rate, mixer_names=settings.mixer_names,
-            weight_decay=settings.weight_decay, betas=settings.betas,
+            weight_decay=settings.weight_decay, betas=settings.betas, cautious_decay=settings.cautious_decay,
+            embedding_learning_rate=settings.embedding_learning_rate, scalar_learning_rate=settings.scalar_learning_rate,
         )  # fmt: skip
         self.average = {name: p.detach().clone() for name, p in self.trained.items()} if settings.ema_decay else {}
         self.runner: Any = lesson
@@ -172,10 +195,13 @@ class _Stage:
         begun = time.monotonic()
         settings = self.settings
         self.lesson.begin_update(self.step, self.steps)
+        self._set_dropout()
         whole = self.data.batch(first_sample + self.step * self.rows, self.rows)
+        whole = eased(whole, self.step, self.steps, length=settings.length_curriculum, patch=settings.patch_curriculum)
+        cuts = len(whole.input_ids_BT) // self.rows
         seed = derive_seed(self.seed, self.arm, settings.name, self.step, rank())
         own, count = self._own_rows(whole, seed)
-        parts = list(_rows(own, settings.micro_batch_sequences))
+        parts = list(_rows(own, cuts * settings.micro_batch_sequences if settings.micro_batch_sequences else None))
         diagnosis = self._diagnose(parts[0]) if self._is_logged(settings.diagnoses) else {}
         seed_everything(seed)
         self.lesson.student.train()
@@ -196,7 +222,8 @@ class _Stage:
             self.step, self.steps, schedule=settings.schedule, warmup_share=settings.warmup_share,
             decay_share=settings.decay_share, final_share=settings.final_share,
         )  # fmt: skip
-        self.optimizer.step(scale=scale)
+        decay_scale = weight_decay_scale(self.step, self.steps, schedule=settings.decay_schedule)
+        self.optimizer.step(scale=scale, decay_scale=decay_scale)
         is_logged = self._is_logged(200)
         self.step += 1
         self.lesson.end_update(self.step)
@@ -212,6 +239,13 @@ class _Stage:
             }
             self.log.write(**facts, gradient_norm=norm, **means, **diagnosis)
         return means["loss"]
+
+    def _set_dropout(self) -> None:
+        rate = self.settings.dropout
+        if isinstance(rate, DropoutSchedule):
+            rate = rate.rate(self.step, self.steps)
+        if rate is not None:
+            set_dropout(self.lesson.student, rate)
 
     def _own_rows(self, whole: Batch, seed: int) -> tuple[Batch, int]:
         """This process's rows of the global batch, and the tokens that count in all of it."""

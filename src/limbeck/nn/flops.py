@@ -1,0 +1,27 @@
+"""Floating-point operations of token mixing. A multiplication and an addition are two operations."""
+
+from __future__ import annotations
+
+import math
+
+
+def attention_flops_per_token(query_width: int, *, context_tokens: float, window: int | None = None) -> float:
+    """Scores and weighted sum of causal attention: 4 operations per query channel and token attended to.
+
+    A token attends to (T + 1) / 2 tokens on average; with a sliding window to no more than the window.
+    """
+    span = min(window or context_tokens, context_tokens)
+    attended = span * (context_tokens - span) + span * (span + 1) / 2
+    return 4 * query_width * attended / context_tokens
+
+
+def hyena_flops_per_token(channels: int, *, order: int, short_conv: int, context_tokens: float) -> float:
+    """Token mixing of a Hyena operator without its two projections.
+
+    Each of the order - 1 long convolutions is a real FFT of 2T points, its inverse, and a product of spectra:
+    2.5 n log2 n operations for a transform of n = 2T real points (the usual count, half of a complex one's
+    5 n log2 n), so 10 log2(2T) + 6 for each token and channel. The skip term takes 2, each gate 1, and a tap of the
+    short convolution 2 on each of the order + 1 projections. The filter's own transform is shared by a batch's rows.
+    """
+    long_convolution = 10 * math.log2(2 * context_tokens) + 6 + 2
+    return channels * ((order - 1) * long_convolution + order + 2 * short_conv * (order + 1))

@@ -22,7 +22,7 @@ from limbeck.models.tokenizers import encoder
 
 BYTE_POOL: dict[str, Any] = {
     "model_type": "limbeck_bytepool", "local_width": 96, "encoder_layers": 2, "decoder_layers": 3, "local_heads": 3,
-    "local_feed_forward": 384, "trunk": {"width": 192, "layers": 5, "heads": 3, "feed_forward": 768},
+    "local_feed_forward": 384, "ngram_rows": 4096, "trunk": {"width": 192, "layers": 5, "heads": 3, "feed_forward": 768},
 }  # fmt: skip
 BPE: dict[str, Any] = {
     "model_type": "limbeck_compact",
@@ -36,15 +36,13 @@ def options(arguments: list[str]) -> argparse.Namespace:
     """The options, with a test's sizes for --quick."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks byte_pool", description=__doc__)
     tiny.add_options(parser, folder="bench-byte-pool")
-    parser.add_argument("--train-bytes", type=int, default=20_000_000, help="bytes each model reads")
-    parser.add_argument("--batch-bytes", type=int, default=16_384)
+    parser.add_argument("--train-bytes", type=int, default=1_000_000, help="bytes each model reads")
+    parser.add_argument("--batch-bytes", type=int, default=2048)
     parser.add_argument("--context-bytes", type=int, default=1024)
     parser.add_argument("--vocab-size", type=int, default=4096, help="of the rival, and of the segmenter bpe")
     parser.add_argument("--segmenters", nargs="+", default=["space", "bpe"])
     parser.add_argument("--points", type=int, default=8, help="points of the curve")
-    parser.add_argument(
-        "--levels", type=int, nargs="*", default=[1, 2, 3], help="of the perturbations; none: no robustness"
-    )
+    parser.add_argument("--levels", type=int, nargs="*", default=[2], help="of the perturbations; none: no robustness")
     parser.add_argument("--robustness-bytes", type=int, default=16_384)
     chosen = parser.parse_args(arguments)
     if chosen.quick:

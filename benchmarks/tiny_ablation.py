@@ -26,6 +26,9 @@ from limbeck.models.tokenizers import encoder
 from limbeck.train.stages import DropoutSchedule
 
 QUICK_TRUNK = {"width": 32, "layers": 4, "heads": 1, "feed_forward": 48}
+# Small enough that all of it takes half an hour on one core.
+SMALL: dict[str, Any] = {"local_width": 64, "local_heads": 2, "local_feed_forward": 256, "ngram_rows": 2048}
+SMALL_TRUNK = {"width": 128, "layers": 4, "heads": 2, "feed_forward": 512}
 KINDS = ("bytes", "bpe")
 
 
@@ -71,8 +74,8 @@ VARIANTS: dict[str, Variant] = {
     "moving average": Variant(stage={"ema_decay": 0.99}),
     "plain decay": Variant(stage={"cautious_decay": False}),
     "constant decay": Variant(stage={"decay_schedule": "constant"}),
-    "embedding rate x10": Variant(stage={"embedding_learning_rate": 3e-2}),
-    "scalar rate x10": Variant(stage={"scalar_learning_rate": 3e-2}),
+    "embedding rate x3": Variant(stage={"embedding_learning_rate": 3e-2}),
+    "scalar rate x3": Variant(stage={"scalar_learning_rate": 3e-2}),
     "dropout 0.1": Variant(stage={"dropout": 0.1}),
     "early dropout": Variant(stage={"dropout": DropoutSchedule("linear", start=0.1, end=0.0)}),
     "triangular dropout": Variant(stage={"dropout": DropoutSchedule("triangular", start=0.0, end=0.1)}),
@@ -93,7 +96,7 @@ VARIANTS: dict[str, Variant] = {
     "pool max": Variant(local={"pool": "max"}, kinds=("bytes",)),
     "pool last": Variant(local={"pool": "last"}, kinds=("bytes",)),
     "pool attention": Variant(local={"pool": "attention"}, kinds=("bytes",)),
-    "hashed n-grams": Variant(local={"ngram_rows": 4096}, kinds=("bytes",)),
+    "no hashed n-grams": Variant(local={"ngram_rows": 0}, kinds=("bytes",)),
     "one prefix slot": Variant(local={"prefix_slots": 1}, kinds=("bytes",)),
     "four prefix slots": Variant(local={"prefix_slots": 4}, kinds=("bytes",)),
 }
@@ -108,9 +111,9 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument(
         "--variant-seeds", type=int, nargs="+", default=[0], help="of --seeds, which the base has all of"
     )
-    parser.add_argument("--train-bytes", type=int, default=5_000_000, help="bytes each model reads")
+    parser.add_argument("--train-bytes", type=int, default=400_000, help="bytes each model reads")
     parser.add_argument("--text-bytes", type=int, default=0, help="distinct bytes of training text; 0: all of it")
-    parser.add_argument("--batch-bytes", type=int, default=8192)
+    parser.add_argument("--batch-bytes", type=int, default=2048)
     parser.add_argument("--context-bytes", type=int, default=512)
     parser.add_argument("--vocab-size", type=int, default=4096)
     parser.add_argument("--segmenter", default="space")
@@ -132,11 +135,11 @@ def base_models(chosen: argparse.Namespace, text: tiny.Text) -> dict[str, tuple[
     if "bytes" in chosen.kinds:
         tokenizer = tiny.byte_tokenizer(chosen.segmenter, text, chosen.folder, vocab_size=chosen.vocab_size)
         patch = {"mean_patch_bytes": 1 / (tiny.tokens_per_byte(tokenizer, text.valid) - 1)}
-        config = BYTE_POOL | QUICK | {"trunk": QUICK_TRUNK} if chosen.quick else BYTE_POOL
+        config = BYTE_POOL | (QUICK | {"trunk": QUICK_TRUNK} if chosen.quick else SMALL | {"trunk": SMALL_TRUNK})
         found["bytes"] = config | patch, tokenizer
     if "bpe" in chosen.kinds:
         tokenizer = tiny.bpe_tokenizer(text, chosen.folder, vocab_size=chosen.vocab_size)
-        config = BPE | {"trunk": QUICK_TRUNK} if chosen.quick else BPE
+        config = BPE | {"trunk": QUICK_TRUNK if chosen.quick else SMALL_TRUNK}
         found["bpe"] = config | {"vocab_size": len(tokenizer)}, tokenizer
     return found
 

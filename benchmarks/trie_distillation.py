@@ -34,7 +34,7 @@ from limbeck.train.trie import TrieLesson
 
 STUDENT: dict[str, Any] = {
     "model_type": "limbeck_bytepool", "local_width": 96, "encoder_layers": 2, "decoder_layers": 3, "local_heads": 3,
-    "local_feed_forward": 384, "trunk": {"width": 128, "layers": 4, "heads": 2, "feed_forward": 512},
+    "local_feed_forward": 384, "ngram_rows": 4096, "trunk": {"width": 128, "layers": 4, "heads": 2, "feed_forward": 512},
 }  # fmt: skip
 ARMS = ("control", "cheap", "exact")
 
@@ -46,8 +46,8 @@ def options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--teacher", default="embedded", help="`embedded`, or a model folder")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--text-bytes", type=int, default=500_000, help="distinct bytes of training text; 0: all of it")
-    parser.add_argument("--train-bytes", type=int, default=4_000_000, help="bytes each student reads")
-    parser.add_argument("--batch-bytes", type=int, default=8192)
+    parser.add_argument("--train-bytes", type=int, default=1_000_000, help="bytes each student reads")
+    parser.add_argument("--batch-bytes", type=int, default=2048)
     parser.add_argument("--context-bytes", type=int, default=768)
     parser.add_argument("--weight", type=float, default=0.7, help="of the teacher's term; cross entropy has the rest")
     parser.add_argument("--paths", type=int, default=8, help="tokens that the exact form follows at each patch")

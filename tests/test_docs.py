@@ -98,6 +98,10 @@ def rows_of(name):
     ]
 
 
+def _said(default):
+    return "none" if default is None else default if isinstance(default, str) else f"{default:g}"
+
+
 def test_every_objective_has_its_row():
     from limbeck.objectives.catalogue import OBJECTIVES
 
@@ -106,7 +110,7 @@ def test_every_objective_has_its_row():
     assert set(rows) == set(OBJECTIVES)
     for name, about in OBJECTIVES.items():
         told = dict(re.findall(r"`(\w+)` ([\w.]+)", rows[name][3]))
-        expected = {option: "none" if default is None else f"{default:g}" for option, default in about.options.items()}
+        expected = {option: _said(default) for option, default in about.options.items()}
         assert told == expected, name
         assert rows[name][4] == about.source, name
 

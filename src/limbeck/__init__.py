@@ -12,7 +12,9 @@ __version__ = "0.1.0"
 
 @when_imported("transformers.models.auto.configuration_auto")
 def _register_config(_module: object) -> None:
-    import limbeck.models.config  # noqa: F401  (registers itself)
+    import limbeck.models.byte_pool_config
+    import limbeck.models.compact_config
+    import limbeck.models.config  # noqa: F401  (they register themselves)
 
 
 @when_imported("transformers.models.auto.modeling_auto")

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from limbeck.core.errors import CheckpointError, RecipeError
+from limbeck.core.errors import CheckpointError, RecipeError, unknown_name
 from limbeck.core.files import read_json, write_atomic, write_json
 from limbeck.core.runtime import is_main, seed_everything
 from limbeck.core.symbols import EOP, PAD
@@ -20,7 +20,7 @@ from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.surgery import find_attention, head_shape
 from limbeck.models.teacher import LoadedTeacher
 from limbeck.recipe import Recipe
-from limbeck.recipe_agreement import BYTE_POOL, reads_teachers_trie
+from limbeck.recipe_agreement import BYTE_POOL, OWN_FAMILIES, reads_teachers_trie
 from limbeck.recipe_io import dump_recipe
 from limbeck.store.store import TargetStore
 from limbeck.train.stages import DropoutSchedule
@@ -150,18 +150,33 @@ def scratch_config(recipe: Recipe, **options: Any) -> Any:
     words = recipe.student.configuration
     family = words.pop("model_type")
     if family == BYTE_POOL:
-        wanted = words.get("patch_bytes", recipe.tokenizer.patch_bytes)
-        if wanted != recipe.tokenizer.patch_bytes:
+        wanted = words.setdefault("patch_bytes", recipe.patch_bytes)
+        if wanted != recipe.patch_bytes:
             raise RecipeError(
-                f"student.architecture.patch_bytes is {wanted}, and tokenizer.patch_bytes {recipe.tokenizer.patch_bytes}: "
-                "patches are cut by the one and read by the other. Write the same twice."
+                f"student.architecture.patch_bytes is {wanted}, and tokenizer.patch_bytes {recipe.patch_bytes}: patches are cut "
+                "by the one and read by the other. Leave the second out."
             )
-        words["patch_bytes"] = wanted
         options.pop("vocab_size", None)
     try:
+        refuse_unknown_keys(family, words)
         return AutoConfig.for_model(family, **options | words)
     except (ValueError, TypeError, KeyError) as error:
         raise RecipeError(f"student.architecture: {error}") from error
+
+
+def refuse_unknown_keys(family: str, words: Mapping[str, Any]) -> None:
+    """Keys that Limbeck's own families do not have: transformers would keep them and nobody would read them.
+
+    Raises: ValueError with the nearest key.
+    """
+    from transformers import CONFIG_MAPPING
+
+    if family not in OWN_FAMILIES:
+        return
+    known = {field.name for field in fields(CONFIG_MAPPING[family])}
+    for key in words:
+        if key not in known:
+            raise ValueError(unknown_name("key", key, known))
 
 
 def scratch_model(recipe: Recipe, tokenizer: Any, data: Mixture, *, seed: int) -> Any:

@@ -167,6 +167,8 @@ def words(value: Any, *, unit: str = "") -> str:
         return ", ".join(words(item) for item in value) or "-"
     if not isinstance(value, int | float) or not math.isfinite(value):
         return str(value)
+    if "/" in unit:  # the name of a place is no unit
+        unit = ""
     if unit.endswith("bytes"):
         return _size(value)
     if unit.endswith("seconds"):

@@ -44,6 +44,7 @@ from limbeck.evaluate.quality import (
 from limbeck.evaluate.report import write_report
 from limbeck.evaluate.worth import teacher_worth
 from limbeck.models.generation import continue_text
+from limbeck.models.teacher import quietly
 from limbeck.models.token_bytes import read_token_bytes
 from limbeck.models.tokenizers import encoder
 from limbeck.recipe_io import dump_recipe
@@ -126,8 +127,9 @@ def worth(work: Run, scores: dict[str, TextScore], differences: Sequence[PairedD
 def save_student(work: Run, student: Any) -> None:
     """Write the student as a plain `from_pretrained` folder, tokenizer included."""
     folder = work.folder / "model"
-    student.save_pretrained(folder)
-    work.tokenizer.save_pretrained(folder)
+    with quietly():
+        student.save_pretrained(folder)
+        work.tokenizer.save_pretrained(folder)
 
 
 def evaluation_texts(work: Run) -> dict[str, list[str]]:

@@ -37,7 +37,7 @@ def _byte_tokenizer(recipe: Recipe, teacher: LoadedTeacher | None, folder: Path)
 
     words = recipe.tokenizer
     rule = words.segmenter or ""
-    limit = words.patch_bytes
+    limit = recipe.patch_bytes
     if rule == TRAINED_BORDERS:
         return ByteTokenizer.from_tokenizer(_trained(recipe, folder / "borders"), patch_bytes=limit)
     if rule == TEACHER_BORDERS:

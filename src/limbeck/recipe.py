@@ -184,6 +184,11 @@ class Recipe(Part):
         return self.runtime.run_folder or f"runs/{self.name}"
 
     @property
+    def patch_bytes(self) -> int:
+        """Most symbols in a patch of a student that reads bytes."""
+        return self.tokenizer.patch_bytes or int(self.student.configuration.get("patch_bytes", 16))
+
+    @property
     def total_tokens(self) -> int:
         """Tokens of all stages, in whole batches: what an equal-budget control may use."""
         return sum(stage.steps * stage.batch_tokens for stage in self.stages)

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from limbeck.recipe import Recipe
 
 BYTE_POOL = "limbeck_bytepool"
+OWN_FAMILIES = frozenset({BYTE_POOL, "limbeck_compact"})
 _HYENA_KEYS = ("keep_attention", "keep_rule", "hyena", "failed_layers")
 
 
@@ -106,6 +107,8 @@ def _teaching_problems(recipe: Recipe) -> Problems:
                 problems["teacher.targets"] = (
                     "of 260 symbols all are handed over, or the top_k; draws are for vocabularies"
                 )
+            if term.objective == "logit_mse" and reads_teachers_trie(recipe):
+                problems[where] = "symbols that cannot come have no logit to compare. Use forward_kl, or byte_trie"
             if term.objective == BYTE_TRIE and not reads_teachers_trie(recipe):
                 problems[where] = (
                     "byte_trie needs a student that reads bytes, cut at the teacher's borders: tokenizer.segmenter: teacher"

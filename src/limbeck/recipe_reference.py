@@ -44,6 +44,9 @@ _ORDER = (
     "Ramp",
     "OnPolicy",
     "TuneStage",
+    "DropoutCourse",
+    "ShorterRows",
+    "ShorterPatches",
 )
 
 

@@ -28,8 +28,9 @@ class Tokenizer(Part):
         "`fixed:4`, `ngram_entropy` (where the next byte is hard to guess), `teacher` (at the teacher's token borders: what "
         "exact distillation from it needs), `trained` (at those of train_vocab_size), or `bpe:` and a hub id or folder.",
     )
-    patch_bytes: Annotated[int, Field(ge=2, le=256), Whole] = Field(
-        default=16, description="With segmenter: most symbols in a patch, the one that closes it included."
+    patch_bytes: Annotated[int, Field(ge=2, le=256), Whole] | None = Field(
+        default=None,
+        description="With segmenter: most symbols in a patch, the one that closes it included; null takes the student's, 16 for most.",
     )
     bytes_per_patch: Annotated[float, Field(gt=1, le=255)] = Field(
         default=_BYTES_PER_PATCH, description="With ngram_entropy: the mean length of patches to aim at."

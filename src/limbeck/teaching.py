@@ -148,6 +148,11 @@ def _check_objectives(recipe: Recipe, teaching: Teaching) -> None:
     if not wrong:
         return
     advice = "Use chunk_likelihood (ALM) or sorted_earth_mover (ULD), alone or with cross_entropy."
+    if recipe.tokenizer.segmenter is not None:
+        advice = (
+            "Cut at the teacher's borders (tokenizer.segmenter: teacher), and any loss on predictions is exact. Else: "
+            + advice
+        )
     if teaching.comparison is not None:
         raise VocabularyError(
             f"{wrong[0]} compares predictions token by token, but the student's tokens are not the teacher's. {advice}\n"

@@ -89,11 +89,11 @@ def test_logits_are_those_of_the_whole_text(kind, folder):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("options", [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_p": 0.7}])
-def test_the_same_text_as_generate_gives(kind, options, folder):
+def test_the_same_text_as_generate_gives(kind, folder):
     model, other = load_bare(folder(kind)), AutoModelForCausalLM.from_pretrained(folder(kind)).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder(kind))
-    for prompt in prompts(kind):
+    ways = [{}, {"temperature": 0.8}, {"temperature": 1.5, "top_p": 0.7}]
+    for prompt, options in zip(["Ada met Bo", "caf\u00e9 日本 ", ""], ways):
         ids_BT = torch.tensor([model.encode(prompt.encode())])
         torch.manual_seed(3)
         drawn = {"do_sample": bool(options), "attention_mask": torch.ones_like(ids_BT), **options}

@@ -133,6 +133,8 @@ def test_roles_and_sizes():
 def test_a_saved_tokenizer_is_the_same_for_auto_tokenizer(name, tmp_path):
     tokenizer = kinds()[name]
     tokenizer.save_pretrained(tmp_path)
+    written = {path.name for path in tmp_path.iterdir()} - {"tokenizer_config.json"}
+    assert written <= set(ByteTokenizer.vocab_files_names.values())  # what is fetched from the hub
     loaded = AutoTokenizer.from_pretrained(tmp_path)
     assert type(loaded) is ByteTokenizer
     assert (loaded.patch_bytes, loaded.segmenter.name) == (tokenizer.patch_bytes, tokenizer.segmenter.name)

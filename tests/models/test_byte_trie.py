@@ -48,7 +48,9 @@ def test_a_trie_without_end_and_of_one_token():
         ByteTrie.build([None, b""], 0)
 
 
-@pytest.mark.parametrize("make", [lambda: toys.byte_level(400), toys.sentence_piece], ids=["byte-level", "sentencepiece"])
+@pytest.mark.parametrize(
+    "make", [lambda: toys.byte_level(400), toys.sentence_piece], ids=["byte-level", "sentencepiece"]
+)
 def test_the_trie_of_a_tokenizer(make):
     tokens = read_token_bytes(make())
     trie = ByteTrie.build(tokens.pieces, tokens.end_id, adds_space=tokens.adds_space)

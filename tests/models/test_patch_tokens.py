@@ -38,7 +38,9 @@ def read(batch, trie=TRIE, opening=(END,), **options):
 def told(found, width, row=0):
     """What is said of a row: (position, source, the node's bytes, state)."""
     names = {TRIE.find(p[:n]) if n else 0: p[:n] for p in PIECES if p for n in range(len(p) + 1)}
-    rows = zip(found.place_M.tolist(), found.patch_M.tolist(), found.node_M.tolist(), found.state_M.tolist(), strict=True)
+    rows = zip(
+        found.place_M.tolist(), found.patch_M.tolist(), found.node_M.tolist(), found.state_M.tolist(), strict=True
+    )
     return [
         (place % width, int(found.source_I[patch]), names[node], state)
         for place, patch, node, state in rows
@@ -105,7 +107,9 @@ def test_pieces_that_are_no_token():
 
 def test_packed_documents_are_packed_for_the_teacher():
     row = stream(b"b", EOD, b"ab", EOD, b"c")
-    found = read(batch_of(row, stream(b"c", b"c"), documents=[[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 0]]))
+    found = read(
+        batch_of(row, stream(b"c", b"c"), documents=[[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 0]])
+    )
     assert found.teacher_batch.input_ids_BT.tolist() == [[END, B, END, END, AB, END, END, C], [END, C, C] + [END] * 5]
     assert found.teacher_batch.document_ids_BT.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 1, 1]]
     assert found.teacher_batch.position_ids_BT[0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
@@ -139,7 +143,7 @@ def test_a_limit_of_the_teacher():
 
 
 def test_a_space_that_the_teacher_writes_itself():
-    """"ab" of a document is its " ab", predicted among what begins with a space; "b" it reads as " " and "b"."""
+    """ "ab" of a document is its " ab", predicted among what begins with a space; "b" it reads as " " and "b"."""
     trie = ByteTrie.build([None, b" ", b" ab", b"ab", b"b", b" a"], 0, patch_bytes=PATCH_BYTES, adds_space=True)
     found = read(batch_of(stream(BOS, b"ab", b"b")), trie, opening=(0,), adds_space=True)
     assert found.teacher_batch.input_ids_BT.tolist() == [[0, 2, 4]]

@@ -315,18 +315,11 @@ def test_the_threshold_gives_the_mean_length_asked_for(mean):
 
 
 def test_the_threshold_is_the_best_there_is_and_no_document_sees_another():
-    chance = random.Random(2)
-    documents = [bytes(chance.choices(b"ab cd", k=chance.randint(1, 9))) for _ in range(20)]
-    for mean in (1.5, 3.0):
-        facts = EntropySegmenter.fit(documents, mean_patch_bytes=mean).facts()
-        missed = {}
-        for threshold in {0, 8000, *itertools.chain(*(table["millibits"] for table in facts["tables"]))}:
-            segmenter = EntropySegmenter.from_facts(facts | {"threshold_millibits": threshold})
-            found = sum(len(segmenter.split(document)) for document in documents)
-            missed[threshold] = abs(found - sum(map(len, documents)) / mean)
-        assert facts["threshold_millibits"] > 0
-        best = min(value for value in missed if value >= facts["threshold_millibits"])
-        assert missed[best] == min(missed.values())
+    """After "ba" anything may come, after another "a" nearly always "b": 20 places to begin a patch, and 80 documents."""
+    documents = [b"ab"] * 60 + [b"ba" + bytes([letter]) for letter in b"cdefghijkl"] * 2
+    segmenter = EntropySegmenter.fit(documents, mean_patch_bytes=180 / 100)
+    assert segmenter.split(b"ab") == [2]
+    assert segmenter.split(b"bac") == [2, 1]
 
 
 def test_long_data_are_cut_in_blocks_without_a_seam(monkeypatch):

@@ -102,7 +102,9 @@ def test_range_sums_keep_small_sums_beside_large_values():
     values = torch.tensor([[1.0, 1e-30, 2e-30, 1.0], [4.0, 5.0, 6.0, 7.0]], dtype=torch.float64)
     row, low, high = (torch.tensor(part) for part in ([0, 0, 1, 1, 0], [1, 0, 0, 3, 2], [3, 4, 3, 4, 2]))
     found = range_sums(values, row, low, high)
-    torch.testing.assert_close(found, torch.tensor([3e-30, 2.0, 15.0, 7.0, 0.0], dtype=torch.float64), rtol=1e-15, atol=0)
+    torch.testing.assert_close(
+        found, torch.tensor([3e-30, 2.0, 15.0, 7.0, 0.0], dtype=torch.float64), rtol=1e-15, atol=0
+    )
 
 
 def student_logits(seed):
@@ -211,7 +213,14 @@ def test_divergences_are_zero_on_equals_and_have_gradients(divergence):
 def test_paths_of_several_patches_against_one_minus_their_sum():
     """The rest is what is left of one; the paths of different patches do not touch."""
     logits = torch.stack([student_logits(8), student_logits(9)]).detach().requires_grad_()
-    some = [(0, (97, EOP)), (0, (97, 98, EOP)), (1, (97, EOP)), (1, (EOD,)), (0, (99, 99, 99, 99, EOP)), (1, (98, 32, EOP))]
+    some = [
+        (0, (97, EOP)),
+        (0, (97, 98, EOP)),
+        (1, (97, EOP)),
+        (1, (EOD,)),
+        (0, (99, 99, 99, 99, EOP)),
+        (1, (98, 32, EOP)),
+    ]
     rows, symbols = decoded(logits, [path for _, path in some], [patch for patch, _ in some])
     patch_R = torch.tensor([patch for patch, _ in some])
     path_R, rest_N = path_log_probs(rows, symbols, patch_R, patches=2)
@@ -244,7 +253,9 @@ def test_a_small_rest_is_exact():
 def test_unused_places_and_temperature():
     """-1 in unused places changes nothing, and buckets are softened as `missing: tail` does it."""
     student, rest = torch.tensor([[0.5, 0.2, 0.9]]).log(), torch.tensor([0.3]).log()
-    targets = SparseTargets(torch.tensor([[3, 7, -1]]), torch.tensor([[0.6, 0.3, 0.0]]).log(), torch.tensor([0.1]).log())
+    targets = SparseTargets(
+        torch.tensor([[3, 7, -1]]), torch.tensor([[0.6, 0.3, 0.0]]).log(), torch.tensor([0.1]).log()
+    )
     soft = [torch.tensor(values).sqrt() for values in ([0.6, 0.3, 0.1], [0.5, 0.2, 0.3])]
     p, q = (values / values.sum() for values in soft)
     expected = (p * (p / q).log()).sum()

@@ -13,7 +13,7 @@ from limbeck.models.token_bytes import read_token_bytes
 from limbeck.store.codec import CodecSettings
 from limbeck.teachers.base import Wanted
 from limbeck.teachers.capture import CaptureSettings, capture
-from limbeck.teachers.entries import TopK
+from limbeck.teachers.entries import Sampled, TopK
 from limbeck.teachers.stored import StoredTargets
 from limbeck.teachers.trie import TrieTeacher
 
@@ -234,7 +234,12 @@ def test_a_store_of_symbols_is_read_back(nested, tmp_path):
     assert isinstance(live.logits, SparseTargets)
     settings = CaptureSettings(CodecSettings(SYMBOLS, values="float32", k=12), fidelity_tokens=0)
     capture(
-        teacher, [batch], tmp_path / "s", settings=settings, teacher={"name": "t", "fingerprint": "f"}, tokenizer="bytes"
+        teacher,
+        [batch],
+        tmp_path / "s",
+        settings=settings,
+        teacher={"name": "t", "fingerprint": "f"},
+        tokenizer="bytes",
     )
     stored = StoredTargets(tmp_path / "s").targets(batch).logits
     scored = torch.zeros_like(batch.loss_mask_BT)
@@ -242,7 +247,8 @@ def test_a_store_of_symbols_is_read_back(nested, tmp_path):
     torch.testing.assert_close(stored.tail_log_prob_BT[scored], live.logits.tail_log_prob_BT[scored].float())
     full = torch.full((*scored.shape, SYMBOLS + 1), -math.inf)
     mine, theirs = (
-        full.scatter(-1, torch.where(t.ids_BTK < 0, SYMBOLS, t.ids_BTK), t.log_probs_BTK.float()) for t in (live.logits, stored)
+        full.scatter(-1, torch.where(t.ids_BTK < 0, SYMBOLS, t.ids_BTK), t.log_probs_BTK.float())
+        for t in (live.logits, stored)
     )
     torch.testing.assert_close(theirs[scored], mine[scored], atol=1e-6, rtol=1e-6)
     unknown = scored & ~live.known_BT
@@ -279,6 +285,8 @@ def test_what_does_not_fit_is_refused(nested):
         TrieTeacher(*nested).prepare(Wanted(hidden=(1,)))
     with pytest.raises(TeacherError, match="aligned"):
         TrieTeacher(*nested).prepare(Wanted(aligned=True))
+    with pytest.raises(TeacherError, match="random draws"):
+        TrieTeacher(*nested, entries=Sampled(4))
 
 
 def test_a_batch_of_which_nothing_is_known(nested):

@@ -28,7 +28,13 @@ def make_student(*, dtype=torch.float64, **options):
     torch.manual_seed(5)
     trunk = {"width": 16, "layers": 1, "heads": 2, "kv_heads": 1, "feed_forward": 24}
     config = BytePoolConfig(
-        trunk=trunk, patch_bytes=PATCH_BYTES, local_width=8, encoder_layers=1, decoder_layers=1, local_heads=2, **options
+        trunk=trunk,
+        patch_bytes=PATCH_BYTES,
+        local_width=8,
+        encoder_layers=1,
+        decoder_layers=1,
+        local_heads=2,
+        **options,
     )
     student = BytePoolForCausalLM(config).to(dtype)
     with torch.no_grad():
@@ -128,7 +134,9 @@ def test_what_is_not_known_is_not_learnt(pair):
     mask = batch.loss_mask_BT.clone()
     mask[:, 1:] &= known[:, :-1]
     assert int(mask.sum()) < batch.target_count
-    only, _ = DistilLesson(student, teacher, [Term("forward_kl")])(Batch(batch.input_ids_BT, mask, batch.document_ids_BT))
+    only, _ = DistilLesson(student, teacher, [Term("forward_kl")])(
+        Batch(batch.input_ids_BT, mask, batch.document_ids_BT)
+    )
     torch.testing.assert_close(dense, only, atol=1e-9, rtol=0)
     # All symbols kept, as a store of symbols would.
     sparse, _ = DistilLesson(student, TrieTeacher(*pair, entries=TopK(260)), [Term("forward_kl")])(batch)
@@ -160,7 +168,10 @@ def test_packed_rows_and_chunks_change_nothing(pair, monkeypatch):
 
 def test_terms_add_up_with_their_weights(pair):
     student = make_student()
-    terms = [Term("byte_trie", weight=lambda progress: 0.5, temperature=2.0), Term("forward_kl", weight=lambda progress: 0.25)]
+    terms = [
+        Term("byte_trie", weight=lambda progress: 0.5, temperature=2.0),
+        Term("forward_kl", weight=lambda progress: 0.25),
+    ]
     batch = symbol_rows(pair[2], DOCUMENTS, 24)
     lesson = TrieLesson(student, open_teacher(pair, 3), terms)
     total, found = lesson(batch)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import codecs
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -152,12 +153,9 @@ def _reader_of(network: BytePoolNetwork | CompactNetwork) -> Callable[[], Read]:
 
 
 def _read_network(config: dict[str, Any], weights: Path) -> BytePoolNetwork | CompactNetwork:
-    """The network with the weights of a file, which stay on the disk until they are used.
-
-    It is made with weights drawn in vain: to make it without any would load half of torch. The generator is left as it was.
-    """
+    """The network with the weights of a file, which stay on the disk until they are used."""
     try:
-        with torch.random.fork_rng(devices=[]):
+        with _nothing_drawn():
             network = _NETWORKS[config["model_type"]](config)
     except (KeyError, TypeError) as error:
         raise CheckpointError(
@@ -174,6 +172,24 @@ def _read_network(config: dict[str, Any], weights: Path) -> BytePoolNetwork | Co
         reason = " ".join(str(error).split())[:300]
         raise CheckpointError(f"{weights} does not hold what its config.json describes: {reason}") from error
     return network
+
+
+@contextmanager
+def _nothing_drawn() -> Iterator[None]:
+    """Make modules without filling their tensors, whose memory is then never taken: their weights come from a file.
+
+    The meta device would do the same, and load half of torch.
+    """
+    fills = [name for name in vars(torch.nn.init) if name.endswith("_") and not name.startswith("_")]
+    kept = {name: getattr(torch.nn.init, name) for name in fills}
+    try:
+        with torch.random.fork_rng(devices=[]):
+            for name in fills:
+                setattr(torch.nn.init, name, lambda tensor, *_args, **_options: tensor)
+            yield
+    finally:
+        for name, fill in kept.items():
+            setattr(torch.nn.init, name, fill)
 
 
 def _byte_pool(config: dict[str, Any]) -> BytePoolNetwork:

@@ -2,106 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
-from huggingface_hub.dataclasses import strict
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, CacheLayerMixin, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from limbeck.core.errors import CheckpointError
+from limbeck.models.compact_config import CACHE_TYPE, CompactConfig
 from limbeck.models.documents import documents_of_positions
 from limbeck.nn.compact import CompactNetwork
-from limbeck.nn.trunk import Trunk, TrunkCache, TrunkSettings
-
-MODEL_TYPE = "limbeck_compact"
-CACHE_TYPE = "limbeck_trunk"
-
-
-@strict
-class CompactConfig(PreTrainedConfig):
-    """Configuration of a small causal language model over tokens.
-
-    vocab_size: rows of the embedding. trunk: the fields of `TrunkSettings`. tie_embeddings: one matrix for embedding and
-    head. logit_softcap: see `CompactNetwork`. max_position_embeddings: the context it was trained for; longer ones run.
-
-    Raises: RecipeError when the trunk's settings are unknown or do not fit together.
-    """
-
-    model_type = MODEL_TYPE
-    takes_document_ids: ClassVar[bool] = True
-    has_no_defaults_at_init: ClassVar[bool] = True
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-
-    vocab_size: int = 4096
-    trunk: Any = None
-    tie_embeddings: bool = True
-    logit_softcap: float | int | None = 15.0
-    max_position_embeddings: int = 2048
-    use_cache: bool = True
-    bos_token_id: int | None = 0
-    eos_token_id: Any = 0
-    pad_token_id: int | None = 0
-
-    def __post_init__(self, **kwargs: Any) -> None:
-        if self.trunk is not None:
-            self.trunk = TrunkSettings.read(self.trunk).as_dict()
-        self.tie_word_embeddings = self.tie_embeddings
-        super().__post_init__(**kwargs)
-
-    @property
-    def trunk_settings(self) -> TrunkSettings:
-        """The trunk's settings, checked."""
-        return TrunkSettings.read(self.trunk or {})
-
-    @property
-    def final_logit_softcapping(self) -> float | None:
-        """The soft cap under the name that other families use."""
-        return self.logit_softcap
-
-    @property
-    def hidden_size(self) -> int:
-        """Width of the trunk."""
-        return self.trunk_settings.width
-
-    @property
-    def num_hidden_layers(self) -> int:
-        """Layers of the trunk; repeats and loops run them more than once."""
-        return self.trunk_settings.layers
-
-    @property
-    def num_attention_heads(self) -> int:
-        """Query heads of an attention layer."""
-        return self.trunk_settings.heads
-
-    @property
-    def num_key_value_heads(self) -> int:
-        """Key-value heads of an attention layer."""
-        return self.trunk_settings.kv_heads or self.trunk_settings.heads
-
-    @property
-    def head_dim(self) -> int:
-        """Width of an attention head."""
-        return self.hidden_size // self.num_attention_heads
-
-    @property
-    def intermediate_size(self) -> int:
-        """Hidden width of the feed-forward."""
-        return self.trunk_settings.feed_forward
-
-    @property
-    def layer_types(self) -> list[str]:
-        """One cache holds the whole trunk: its layers may run several times."""
-        return [CACHE_TYPE]
-
-    def _get_generation_parameters(self) -> dict[str, Any]:
-        """None are set here; the library would look for them in a configuration without a trunk."""
-        return {}
-
-    def validate_layer_type(self) -> None:
-        """Nothing to check: the library's closed list of layer types cannot know ours."""
+from limbeck.nn.trunk import Trunk, TrunkCache
 
 
 class TrunkCacheLayer(CacheLayerMixin):
@@ -214,7 +127,7 @@ class CompactForCausalLM(PreTrainedModel, GenerationMixin):
 
     config_class = CompactConfig
     config: CompactConfig
-    base_model_prefix = "network"
+    base_model_prefix = "body"
     main_input_name = "input_ids"
     _supports_sdpa = True
 
@@ -342,7 +255,6 @@ def _padding_mask(attention_mask: Any, length: int) -> Tensor | None:
 
 def register_model() -> None:
     """Make the Auto classes know the model. Safe to call again."""
-    AutoConfig.register(MODEL_TYPE, CompactConfig, exist_ok=True)
     AutoModelForCausalLM.register(CompactConfig, CompactForCausalLM, exist_ok=True)
 
 

@@ -14,7 +14,6 @@ from transformers import PreTrainedConfig
 from transformers.masking_utils import create_masks_for_generate
 
 
-
 def document_positions(document_ids_BT: Tensor) -> Tensor:
     """Positions [B, T] that count from zero in every document. A document ends where the id changes."""
     index_T = torch.arange(document_ids_BT.shape[1], device=document_ids_BT.device)

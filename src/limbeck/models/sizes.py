@@ -15,10 +15,9 @@ def _compact(*, vocab_size: int, trunk: dict[str, Any], context: int) -> dict[st
 
 
 def _byte_pool(*, local_width: int, decoder_layers: int, trunk: dict[str, Any]) -> dict[str, Any]:
-    # Local heads are 32 wide, the trunk's 64.
     return {
         "model_type": "limbeck_bytepool", "local_width": local_width, "encoder_layers": 2,
-        "decoder_layers": decoder_layers, "local_heads": local_width // 32, "local_feed_forward": 4 * local_width,
+        "decoder_layers": decoder_layers, "local_heads": 4, "local_feed_forward": 4 * local_width,
         "trunk": trunk,
     }  # fmt: skip
 

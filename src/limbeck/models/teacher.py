@@ -132,7 +132,7 @@ def _load_model(
     with explain_loading(place.name, place.kind):
         config = AutoConfig.from_pretrained(place.name, **shared)
     _check_config(config, place)
-    with explain_loading(place.name, place.kind), _quietly():
+    with explain_loading(place.name, place.kind), quietly():
         options = _gguf_options() if place.kind == "gguf" else options
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             place.name, config=config, dtype=dtype, output_loading_info=True, **shared, **options
@@ -157,7 +157,7 @@ def _gguf_options() -> dict[str, Any]:
 
 
 @contextmanager
-def _quietly() -> Iterator[None]:
+def quietly() -> Iterator[None]:
     """Without transformers' progress bars and its table of missing weights: we refuse those in words."""
     from transformers.utils import logging
 
@@ -207,7 +207,7 @@ def _check_causal(model: Any, name: str) -> None:
 
 def _load_tokenizer(place: _Place, *, revision: str | None, trust_remote_code: bool) -> Any:
     try:
-        with _quietly():
+        with quietly():
             tokenizer = AutoTokenizer.from_pretrained(
                 place.name, revision=revision or "main", trust_remote_code=trust_remote_code, **place.options
             )
@@ -229,6 +229,12 @@ def _check_vocabulary(model: Any, tokenizer: Any, source: str) -> None:
     if len(tokenizer) > rows:
         raise TeacherError(
             f"{source}: wrong tokenizer. It has {len(tokenizer)} tokens, but the model knows only {rows}. "
+            "Put the tokenizer that the model was trained with beside it."
+        )
+    cut, read = (getattr(of, "patch_bytes", None) for of in (tokenizer, model.config))
+    if cut and read and cut > read:
+        raise TeacherError(
+            f"{source}: wrong tokenizer. It makes patches of up to {cut} symbols, and the model reads no more than {read}. "
             "Put the tokenizer that the model was trained with beside it."
         )
 

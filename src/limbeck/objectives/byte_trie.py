@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from limbeck.core.errors import unknown_name
 from limbeck.core.symbols import EOP, PAD, SYMBOLS
@@ -63,13 +64,12 @@ class TrieNodes:
 
 
 def entry_weights(logits_NV: Tensor, nodes: TrieNodes) -> Tensor:
-    """Unnormalised probabilities [N, W] of the entries, the likeliest about 1, in float64 where the device has it.
+    """Unnormalised probabilities [N, W] of the entries, the likeliest 1, in float64.
 
     logits_NV: of the teacher, with any additive constant. Tokens without an entry are left out.
     """
-    wide = torch.float32 if logits_NV.device.type == "mps" else torch.float64
     logits_NW = at_least_float32(logits_NV).index_select(1, nodes.token_W)
-    return (logits_NW - logits_NW.amax(dim=1, keepdim=True)).to(wide).exp_()
+    return (logits_NW - logits_NW.amax(dim=1, keepdim=True)).double().exp_()
 
 
 def node_log_conditionals(
@@ -169,25 +169,33 @@ def path_log_probs(logits_RPS: Tensor, symbols_RP: Tensor, patch_R: Tensor, *, p
     Returns [R] and [patches] nats. The rest is summed over where the paths' tree is left, not taken from one: it stays
     exact when it is small. Gradients flow to the logits.
     """
-    symbol_RPS = log_probs(logits_RPS)
-    is_used_RP = symbols_RP != PAD
-    picked_RP = symbol_RPS.gather(-1, symbols_RP.unsqueeze(-1)).squeeze(-1)
-    through_RP = torch.where(is_used_RP, picked_RP, 0.0).cumsum(dim=1)
-    leaves, owners = [], []
-    prefix_R = patch_R
-    for place in range(symbols_RP.shape[1]):
-        row = is_used_RP[:, place].nonzero().flatten()
-        group_G, group_r = prefix_R[row].unique(return_inverse=True)
-        # Paths with the same beginning say the same there: any of them stands for all.
-        first_G = row.new_zeros(len(group_G)).scatter_(0, group_r, row)
-        is_taken_GS = torch.zeros(len(group_G), SYMBOLS, dtype=torch.bool, device=row.device)
-        is_taken_GS[group_r, symbols_RP[row, place]] = True
-        left_G = symbol_RPS[first_G, place].masked_fill(is_taken_GS, _NEARLY_NEVER).logsumexp(dim=-1)
-        leaves.append(left_G + through_RP[first_G, place - 1] if place else left_G)
-        owners.append(patch_R[first_G])
-        step_r = prefix_R.new_zeros(len(prefix_R)).scatter_(0, row, group_r * SYMBOLS + symbols_RP[row, place])
-        prefix_R = step_r
-    return through_RP[:, -1], _log_sums(torch.cat(leaves), torch.cat(owners), patches)
+    row_Q, slot_Q = (symbols_RP != PAD).nonzero(as_tuple=True)
+    symbol_Q = symbols_RP[row_Q, slot_Q]
+    log_prob_QS = log_probs(logits_RPS[row_Q, slot_Q])
+    step_Q = log_prob_QS.gather(-1, symbol_Q.unsqueeze(-1)).squeeze(-1)
+    through_RP = step_Q.new_zeros(symbols_RP.shape).index_put((row_Q, slot_Q), step_Q).cumsum(dim=1)
+    node_Q, nodes = _shared_beginnings(symbols_RP, patch_R, row_Q, slot_Q)
+    # Paths with the same beginning say the same there: any of them stands for all.
+    any_U = row_Q.new_zeros(nodes).scatter_(0, node_Q, torch.arange(len(node_Q), device=node_Q.device))
+    is_taken_US = torch.zeros(nodes, SYMBOLS, dtype=torch.bool, device=node_Q.device)
+    is_taken_US[node_Q, symbol_Q] = True
+    left_U = log_prob_QS[any_U].masked_fill(is_taken_US, _NEARLY_NEVER).logsumexp(dim=-1)
+    before_U = F.pad(through_RP, (1, 0))[row_Q[any_U], slot_Q[any_U]]
+    rest_N = _log_sums(left_U + before_U, patch_R[row_Q[any_U]], patches)
+    return through_RP[:, -1], rest_N
+
+
+def _shared_beginnings(symbols_RP: Tensor, patch_R: Tensor, row_Q: Tensor, slot_Q: Tensor) -> tuple[Tensor, int]:
+    """A number [Q] for what stands before each symbol, equal where patch and symbols are, and how many there are."""
+    node_RP = torch.zeros_like(symbols_RP)
+    node_R, count = patch_R, 0
+    for slot in range(symbols_RP.shape[1]):
+        distinct_U, node_R = node_R.unique(return_inverse=True)
+        node_RP[:, slot] = node_R + count
+        count += len(distinct_U)
+        node_R = node_R * (SYMBOLS + 1) + symbols_RP[:, slot]
+    _, node_Q = node_RP[row_Q, slot_Q].unique(return_inverse=True)
+    return node_Q, int(node_Q.max()) + 1
 
 
 def _log_sums(values_E: Tensor, owner_E: Tensor, count: int) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from limbeck.core.errors import TrainingError, VocabularyError
+from limbeck.core.errors import TeacherError, TrainingError, VocabularyError
 from limbeck.core.symbols import SYMBOLS
 from limbeck.core.types import Batch, DenseTargets, SparseTargets, Targets
 from limbeck.models.bpe_segmenter import BpeSegmenter
@@ -48,13 +48,19 @@ class TrieTeacher:
     how many of the likeliest patch contents are handed over where a patch begins (`Targets.patch_tokens`; their ids are
     rows of `trie.paths_CP`), asked for as `Wanted.aligned`; 0 for none.
 
-    Raises: VocabularyError when patches do not end at this tokenizer's borders, or the model has too few logits.
+    Raises: VocabularyError when patches do not end at this tokenizer's borders, or the model has too few logits; TeacherError
+    for sampled entries.
     """
 
     def __init__(
         self, model: nn.Module, tokenizer: Any, byte_tokenizer: Any, *, entries: Dense | TopK = Dense(),  # noqa: B008 (frozen)
         paths: int = 0, name: str = "teacher",
     ):  # fmt: skip
+        if not isinstance(entries, Dense | TopK):
+            raise TeacherError(
+                f"{name}: random draws are of tokens, and this student learns symbols, of which there are only {SYMBOLS}. Write "
+                "teacher.targets: dense or top_k."
+            )
         require_borders_of(tokenizer, byte_tokenizer, teacher=name)
         tokens = read_token_bytes(tokenizer)
         self.model, self.name = model.eval(), name
@@ -94,14 +100,19 @@ class TrieTeacher:
         here = patch_tokens(
             batch.to("cpu"), self.trie, opening=self._opening, adds_space=self._adds_space, limit_tokens=self._limit
         )
-        device = self._split.input_device
+        hidden_BUD = self._split.hidden(here.teacher_batch.to(self._split.input_device))
+        # What follows needs float64 and sums of segments, which MPS has not.
+        device = torch.device("cpu") if hidden_BUD.device.type == "mps" else hidden_BUD.device
         self._nodes = self._nodes.to(device)
-        hidden_BUD = self._split.hidden(here.teacher_batch.to(device))
         answer = _Answer(
-            batch.input_ids_BT.numel(), self._wanted, self._paths, double=hidden_BUD.dtype == torch.float64
+            batch.input_ids_BT.numel(),
+            self._wanted,
+            self._paths,
+            double=hidden_BUD.dtype == torch.float64,
+            device=device,
         )
         for first, logits_nV in self._predictions(hidden_BUD, here):
-            weights_nW = entry_weights(logits_nV, self._nodes)
+            weights_nW = entry_weights(logits_nV.to(device), self._nodes)
             low, high = torch.searchsorted(here.patch_M, torch.tensor([first, first + len(logits_nV)])).tolist()
             if self._wanted.logits:
                 self._add_symbols(answer, here, slice(low, high), weights_nW, first)
@@ -123,12 +134,13 @@ class TrieTeacher:
 
     def _add_symbols(self, answer: _Answer, here: PatchTokens, part: slice, weights_nW: Tensor, first: int) -> None:
         """What follows at some positions. first: the patch that the first row of the weights belongs to."""
-        row_M, node_M, state_M = (
-            value.to(weights_nW.device) for value in (here.patch_M[part] - first, here.node_M[part], here.state_M[part])
+        place_M, row_M, node_M, state_M = (
+            value[part].to(weights_nW.device)
+            for value in (here.place_M, here.patch_M - first, here.node_M, here.state_M)
         )
         found_MS, mass_M = node_log_conditionals(weights_nW, self._nodes, row_M=row_M, node_M=node_M, state_M=state_M)
-        is_known_M = (mass_M >= math.log(LEAST_MASS)).cpu()
-        answer.add_symbols(here.place_M[part][is_known_M], found_MS.cpu()[is_known_M])
+        is_known_M = mass_M >= math.log(LEAST_MASS)
+        answer.add_symbols(place_M[is_known_M], found_MS[is_known_M])
 
     def _add_paths(self, answer: _Answer, here: PatchTokens, part: slice, weights_nW: Tensor, first: int) -> None:
         """The likeliest contents of the patches that begin at some of the positions."""
@@ -143,8 +155,8 @@ class TrieTeacher:
             *found, is_known_n = _top_paths(
                 weights_nW[row], self._nodes, path_W, start_n[chosen].to(device), self._paths
             )
-            known = is_known_n.cpu()
-            answer.add_paths(here.place_M[begins_n[chosen]][known], *(values.cpu()[known] for values in found))
+            place_n = here.place_M[begins_n[chosen]].to(device)
+            answer.add_paths(place_n[is_known_n], *(values[is_known_n] for values in found))
 
 
 def require_borders_of(tokenizer: Any, byte_tokenizer: Any, *, teacher: str) -> None:
@@ -190,11 +202,12 @@ def _top_paths(
 class _Answer:
     """Targets of a batch, gathered position by position."""
 
-    def __init__(self, positions: int, wanted: Wanted, paths: int, *, double: bool):
+    def __init__(self, positions: int, wanted: Wanted, paths: int, *, double: bool, device: torch.device):
         dtype = torch.float64 if double else torch.float32
-        self.known_N = torch.zeros(positions, dtype=torch.bool)
-        self.symbols_NS = torch.full((positions if wanted.logits else 0, SYMBOLS), -math.log(SYMBOLS), dtype=dtype)
-        self.patches = nothing_known((positions,), paths, dtype) if wanted.aligned else None
+        shape = (positions if wanted.logits else 0, SYMBOLS)
+        self.known_N = torch.zeros(positions, dtype=torch.bool, device=device)
+        self.symbols_NS = torch.full(shape, -math.log(SYMBOLS), dtype=dtype, device=device)
+        self.patches = nothing_known((positions,), paths, dtype, device) if wanted.aligned else None
         self._has_logits = wanted.logits
 
     def add_symbols(self, place_M: Tensor, log_prob_MS: Tensor) -> None:
@@ -228,12 +241,14 @@ class _Answer:
         return Targets(logits, known_BT=known_BT, patch_tokens=patches)
 
 
-def nothing_known(shape: tuple[int, ...], count: int, dtype: torch.dtype) -> SparseTargets:
+def nothing_known(
+    shape: tuple[int, ...], count: int, dtype: torch.dtype, device: torch.device | str = "cpu"
+) -> SparseTargets:
     """Sparse targets that say nothing: no ids, all mass in the tail."""
     return SparseTargets(
-        torch.full((*shape, count), -1, dtype=torch.long),
-        torch.full((*shape, count), -math.inf, dtype=dtype),
-        torch.zeros(shape, dtype=dtype),
+        torch.full((*shape, count), -1, dtype=torch.long, device=device),
+        torch.full((*shape, count), -math.inf, dtype=dtype, device=device),
+        torch.zeros(shape, dtype=dtype, device=device),
     )
 
 

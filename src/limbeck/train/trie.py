@@ -26,7 +26,7 @@ BYTE_TRIE = "byte_trie"
 
 _OWN_OPTIONS = ("divergence", "paths")  # the others are the divergence's
 # Paths that the student spells out at once; what it needs for the gradient of more is worked out again when that comes.
-_PATHS_AT_ONCE = 4096
+_PATHS_AT_ONCE = 2048
 
 
 class TrieLesson(DistilLesson):
@@ -135,7 +135,8 @@ class TrieLesson(DistilLesson):
     def _compare(self, term: Term, states_nD: Tensor, targets: SparseTargets) -> Tensor:
         """The term's sum over some patches."""
         patch_R, place_R = (targets.ids_BTK >= 0).nonzero(as_tuple=True)
-        symbols_RP = self._paths_CP[targets.ids_BTK[patch_R, place_R].cpu()].long().to(states_nD.device)
+        self._paths_CP = self._paths_CP.to(states_nD.device)
+        symbols_RP = self._paths_CP[targets.ids_BTK[patch_R, place_R]].long()
         symbols_RP = symbols_RP[:, : int((symbols_RP != PAD).sum(dim=1).max())]
         logits_RPS = self._network[0].decode(states_nD[patch_R], symbols_RP)
         path_R, rest_n = path_log_probs(logits_RPS, symbols_RP, patch_R, patches=len(states_nD))

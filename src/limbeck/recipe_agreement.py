@@ -39,6 +39,10 @@ def teacher_problems(recipe: Recipe) -> Problems:
             f"teacher.{teacher.kind} brings no weights to start from. Name the student: source, architecture, "
             "or give teacher.source beside teacher.store"
         )
+    if teacher.exact and recipe.tokenizer.segmenter is not None:
+        problems["teacher.exact"] = (
+            "for bytes in patches write tokenizer.segmenter: teacher, which is exact and costs one pass. Remove it"
+        )
     if student.shrink is not None and teacher.start is None:
         problems["student.shrink"] = f"teacher.{teacher.kind} brings no weights that could be shrunk"
     if teacher.itself is not None and any(stage.kind == "align" for stage in recipe.stages):

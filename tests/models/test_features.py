@@ -344,3 +344,27 @@ def test_a_fused_projection_of_the_wrong_size_is_refused():
     _module, take = projection_reader(find_attention(model)[0], "values")
     with pytest.raises(TeacherError, match="40 channels where 96"):
         take(torch.zeros(1, 2, 40))
+
+
+def test_hidden_states_of_a_small_model_over_tokens_are_those_of_its_blocks():
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    trunk = {"width": 8, "layers": 2, "heads": 1, "feed_forward": 16}
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("limbeck_compact", vocab_size=11, trunk=trunk)
+    ).double()
+    ids_BT = torch.randint(11, (2, 5))
+    seen = []
+    handle = model.network.trunk.layers[-1].register_forward_hook(lambda _module, _args, output: seen.append(output))
+    batch = Batch(ids_BT, torch.ones_like(ids_BT, dtype=torch.bool))
+    found = record_features(model, batch, hidden=(0, 1, 2))
+    handle.remove()
+    torch.testing.assert_close(found.hidden[2], seen[0], rtol=0, atol=0)
+    assert found.hidden[0].shape == (2, 5, 8)
+    with pytest.raises(RecipeError, match="cannot be read"):
+        record_features(model, batch, features=("attention.1",))
+    looped = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model("limbeck_compact", vocab_size=11, trunk=trunk | {"repeat": 2})
+    )
+    with pytest.raises(TeacherError, match="more than once"):
+        record_features(looped, batch, hidden=(1,))

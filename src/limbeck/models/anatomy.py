@@ -18,7 +18,7 @@ _SEPARATE = {"queries": "q_proj", "keys": "k_proj", "values": "v_proj"}
 
 @dataclass(frozen=True)
 class Layer:
-    """One block of a model and what mixes tokens in it; `site` is None for a Hyena mixer."""
+    """One block of a model and what mixes tokens in it; `site` is None for a mixer of Limbeck's own."""
 
     block: nn.Module
     mixer: nn.Module
@@ -30,6 +30,9 @@ def find_layers(model: Any) -> list[Layer]:
 
     Raises: TeacherError when the model's blocks cannot be told.
     """
+    trunk = getattr(getattr(model, "network", None), "trunk", None)
+    if trunk is not None:
+        return _trunk_layers(model, trunk)
     sites = {site.name: site for site in find_attention(model)}
     hyenas = {name: module for name, module in model.named_modules() if isinstance(module, HyenaMixer)}
     layers: dict[int, Layer] = {}
@@ -51,6 +54,19 @@ def find_layers(model: Any) -> list[Layer]:
             f"{type(model).__name__} does not have one mixer in each block; its hidden states cannot be told."
         )
     return [layers[index] for index in sorted(layers)]
+
+
+def _trunk_layers(model: Any, trunk: Any) -> list[Layer]:
+    if model.config.model_type == "limbeck_bytepool":
+        raise TeacherError(
+            "a model of bytes has hidden states of patches, not of symbols: there is nothing for another model's to be "
+            "compared with. Use objectives on predictions, such as forward_kl or byte_trie."
+        )
+    if len(trunk.plan) != len(trunk.layers):
+        raise TeacherError(
+            "blocks that run more than once have no hidden states of their own. Use objectives on predictions."
+        )
+    return [Layer(block, block.mixer, None) for block in trunk.layers]
 
 
 def hidden_width(model: Any) -> int:

@@ -139,6 +139,10 @@ class FeatureRecorder:
             raise RecipeError(f'feature "{name}": write a kind and the number of a layer, such as "{kind}.1".')
         self._require_layer(int(number), lowest=1, what=kind)
         layer, what = self._layers[int(number) - 1], f"{kind} of layer {number}"
+        if layer.site is None and not hasattr(layer.mixer, "operator"):
+            raise RecipeError(
+                f"{what} cannot be read from {type(self._model).__name__}. Use objectives on hidden states or on predictions."
+            )
         if layer.site is None:
             _refuse_hyena(layer.mixer, kind, where=f"layer {number} is a Hyena layer", config=self._model.config)
             return _Probe(what, layer.mixer, _hyena_call, _hyena_feature(layer.mixer, kind))

@@ -15,8 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.core.errors import TeacherError, unknown_name
+from limbeck.models.byte_tokenizer import ByteTokenizer
 from limbeck.models.hybrid import register_model
 from limbeck.models.large import quantised_options
+from limbeck.models.segmenters import SEGMENTER_FILE
 from limbeck.models.teacher_errors import explain_loading, refuse_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -208,7 +210,9 @@ def _check_causal(model: Any, name: str) -> None:
 def _load_tokenizer(place: _Place, *, revision: str | None, trust_remote_code: bool) -> Any:
     try:
         with quietly():
-            tokenizer = AutoTokenizer.from_pretrained(
+            # Some families' own classes would be taken in the place of ours.
+            is_bytes = (Path(place.name) / SEGMENTER_FILE).is_file()
+            tokenizer = (ByteTokenizer if is_bytes else AutoTokenizer).from_pretrained(
                 place.name, revision=revision or "main", trust_remote_code=trust_remote_code, **place.options
             )
     except Exception as error:

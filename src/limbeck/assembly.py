@@ -6,9 +6,10 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args, get_type_hints
 
 import torch
+from pydantic import TypeAdapter, ValidationError
 
 from limbeck.core.errors import CheckpointError, RecipeError, unknown_name
 from limbeck.core.files import read_json, write_atomic, write_json
@@ -19,6 +20,8 @@ from limbeck.data.order import Mixture
 from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.surgery import find_attention, head_shape
 from limbeck.models.teacher import LoadedTeacher
+from limbeck.nn.byte_pool_settings import BytePoolSettings
+from limbeck.nn.trunk_settings import TrunkSettings
 from limbeck.recipe import Recipe
 from limbeck.recipe_agreement import BYTE_POOL, OWN_FAMILIES, reads_teachers_trie
 from limbeck.recipe_io import dump_recipe
@@ -159,6 +162,7 @@ def scratch_config(recipe: Recipe, **options: Any) -> Any:
         options.pop("vocab_size", None)
     try:
         refuse_unknown_keys(family, words)
+        refuse_wrong_types(family, words)
         return AutoConfig.for_model(family, **options | words)
     except (ValueError, TypeError, KeyError) as error:
         raise RecipeError(f"student.architecture: {error}") from error
@@ -177,6 +181,36 @@ def refuse_unknown_keys(family: str, words: Mapping[str, Any]) -> None:
     for key in words:
         if key not in known:
             raise ValueError(unknown_name("key", key, known))
+
+
+def refuse_wrong_types(family: str, words: Mapping[str, Any]) -> None:
+    """Values of another type than the settings of Limbeck's own families have: text for a number, half a layer.
+
+    Raises: RecipeError with the key.
+    """
+    if family not in OWN_FAMILIES:
+        return
+    trunk = words.get("trunk") or {}
+    if not isinstance(trunk, Mapping):
+        raise RecipeError(f"student.architecture.trunk: expected a mapping (key: value), got {trunk!r}.")
+    _check_types(TrunkSettings, trunk, "student.architecture.trunk")
+    if family == BYTE_POOL:
+        _check_types(BytePoolSettings, {k: v for k, v in words.items() if k != "trunk"}, "student.architecture")
+
+
+def _check_types(settings: type, words: Mapping[str, Any], where: str) -> None:
+    for name, hint in get_type_hints(settings).items():
+        if name not in words:
+            continue
+        value = tuple(words[name]) if isinstance(words[name], list) else words[name]
+        try:
+            TypeAdapter(hint).validate_python(value, strict=True)
+        except ValidationError as error:
+            expected = next((text for kind, text in _KINDS.items() if kind in (hint, *get_args(hint))), "a list")
+            raise RecipeError(f"{where}.{name}: expected {expected}, got {words[name]!r}.") from error
+
+
+_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
 
 
 def scratch_model(recipe: Recipe, tokenizer: Any, data: Mixture, *, seed: int) -> Any:

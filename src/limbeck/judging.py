@@ -47,6 +47,7 @@ from limbeck.models.generation import continue_text
 from limbeck.models.teacher import quietly
 from limbeck.models.token_bytes import read_token_bytes
 from limbeck.models.tokenizers import encoder
+from limbeck.recipe import Recipe
 from limbeck.recipe_io import dump_recipe
 
 if TYPE_CHECKING:
@@ -63,7 +64,7 @@ def report(work: Run, results: dict[str, ArmResult], differences: Sequence[Paire
     differences: of the compared control and the student under further seeds (see `replica_difference`).
     """
     save_student(work, results["student"].model)
-    texts = evaluation_texts(work)
+    texts = evaluation_texts(work.recipe)
     models: dict[str, Any] = {} if work.teacher is None else {"teacher": work.teacher.model}
     models |= {name: result.model for name, result in results.items()}
     facts, scores = {}, {}
@@ -105,7 +106,7 @@ def restate_per_token(teacher: ModelFacts, student: TextScore) -> None:
 
 def replica_difference(work: Run, results: dict[str, ArmResult]) -> PairedDifference:
     """Control minus student under another seed, on the same text."""
-    texts = evaluation_texts(work)
+    texts = evaluation_texts(work.recipe)
     pooled = {
         name: pool_scores(list(score_texts(work, name, result.model, texts).values()))
         for name, result in results.items()
@@ -132,15 +133,16 @@ def save_student(work: Run, student: Any) -> None:
         work.tokenizer.save_pretrained(folder)
 
 
-def evaluation_texts(work: Run) -> dict[str, list[str]]:
-    """Held-out documents by name of their source."""
+def evaluation_texts(recipe: Recipe) -> dict[str, list[str]]:
+    """Held-out documents by name of their source. Raises: DataError for a text that is missing, damaged or empty."""
     texts: dict[str, list[str]] = {}
-    budget = work.recipe.evaluation.max_tokens * 12
-    for words in work.recipe.evaluation.texts or work.recipe.data.heldout:
+    for words in recipe.evaluation.texts or recipe.data.heldout:
         documents: list[str] = []
+        budget = recipe.evaluation.max_tokens * 12
         for document in read_documents(reading.text_source(words)):
             documents.append(document)
-            if sum(map(len, documents)) > budget:
+            budget -= len(document)
+            if budget < 0:
                 break
         if not documents:
             raise DataError(f"evaluation text {words.source} ({words.split}) is empty.")
@@ -262,7 +264,7 @@ def readings(work: Run) -> list[Reading] | None:
         tokenizers.insert(0, work.teacher.tokenizer)
     elif work.recipe.tokenizer.segmenter is None:
         return None
-    text = "\n".join(document for documents in evaluation_texts(work).values() for document in documents)[
+    text = "\n".join(document for documents in evaluation_texts(work.recipe).values() for document in documents)[
         :_SPEED_CHARACTERS
     ]
     found = []

@@ -186,7 +186,8 @@ class Recipe(Part):
     @property
     def patch_bytes(self) -> int:
         """Most symbols in a patch of a student that reads bytes."""
-        return self.tokenizer.patch_bytes or int(self.student.configuration.get("patch_bytes", 16))
+        own = self.student.configuration.get("patch_bytes")
+        return self.tokenizer.patch_bytes or (own if isinstance(own, int) else 16)
 
     @property
     def total_tokens(self) -> int:

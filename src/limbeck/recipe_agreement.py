@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from limbeck.models.sizes import SIZES
 from limbeck.recipe_objectives import BYTE_TRIE, CROSS_TOKENIZER, FEATURES, HIDDEN_STATES, STRETCHES
 from limbeck.recipe_student import Student
 from limbeck.recipe_tokenizer import TEACHER_BORDERS
@@ -72,6 +73,11 @@ def _new_student_problems(recipe: Recipe) -> Problems:
     family = recipe.student.configuration.get("model_type")
     if not isinstance(family, str):
         return {"student.architecture": "model_type is missing: the name transformers gives it, such as gpt_neox"}
+    if recipe.student.size is not None and family != SIZES[recipe.student.size]["model_type"]:
+        return {"student.architecture.model_type": f"{recipe.student.size} is no {family}. Remove it, or student.size"}
+    limit = recipe.student.configuration.get("patch_bytes", 2)
+    if family == BYTE_POOL and (type(limit) is not int or not 2 <= limit <= 256):
+        return {"student.architecture.patch_bytes": f"expected a whole number from 2 to 256, got {limit!r}"}
     if family == BYTE_POOL and recipe.tokenizer.segmenter is None:
         return {"tokenizer.segmenter": "this student reads bytes: say how they are cut, such as space or teacher"}
     if recipe.tokenizer.segmenter == TEACHER_BORDERS and recipe.teacher is None:
@@ -144,6 +150,11 @@ def curriculum_problems(recipe: Recipe, index: int) -> Problems:
         problems[f"stages.{index}.patch_curriculum"] = (
             "this student reads no bytes. Give tokenizer.segmenter, or remove it"
         )
+    for number, cut in enumerate(stage.patch_curriculum):
+        if recipe.tokenizer.segmenter is not None and cut.symbols >= recipe.patch_bytes:
+            problems[f"stages.{index}.patch_curriculum.{number}.symbols"] = (
+                f"patches have {recipe.patch_bytes} symbols at most as it is: this would cut none. Give fewer"
+            )
     stored = recipe.teacher is not None and recipe.teacher.kind in ("store", "served")
     for name in ("length_curriculum", "patch_curriculum"):
         if getattr(stage, name) and (stage.kind == "align" or (stored and stage.kind == "distil")):

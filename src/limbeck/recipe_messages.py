@@ -63,19 +63,20 @@ def _place_of(loc: tuple[int | str, ...]) -> Place:
     """Pydantic's location without the names of unions' members, which are no keys of the recipe."""
     if len(loc) > 2 and loc[0] == "stages" and loc[2] in STAGE_KINDS:
         loc = (*loc[:2], *loc[3:])
-    return tuple(step for step in loc if step not in _WEIGHT_FORMS)
+    return tuple(step for step in loc if step not in (_NUMBER_FORM, *_COURSE_FORMS))
 
 
-# Pydantic's names for the two forms of a weight: a number, or a ramp.
-_WEIGHT_FORMS = ("constrained-float", "Ramp")
+# Pydantic's names for the two forms of what may change over a stage: a number, or its course.
+_NUMBER_FORM = "constrained-float"
+_COURSE_FORMS = ("Ramp", "DropoutCourse")
 
 
 def _is_other_form(details: ErrorDetails) -> bool:
-    """Whether a fault is of the form of a weight that was not meant: a ramp is no number, a number no ramp."""
+    """Whether a fault is of the form that was not meant: a course is no number, a number no course."""
     is_mapping = isinstance(details["input"], Mapping)
-    if details["loc"][-1:] == ("constrained-float",):
+    if details["loc"][-1] == _NUMBER_FORM:
         return is_mapping
-    return details["loc"][-1:] == ("Ramp",) and not is_mapping
+    return details["loc"][-1] in _COURSE_FORMS and not is_mapping
 
 
 def _part_at(place: Place, data: Any) -> type[Part]:

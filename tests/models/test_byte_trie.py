@@ -88,7 +88,7 @@ def test_paths_are_the_first_patches_of_tokens_and_what_follows_them():
 
 
 def test_a_tokenizer_that_adds_a_space_has_paths_without_it():
-    trie = ByteTrie.build([None, b" a", b" abcde", b" ", b"x"], 0, patch_bytes=4, adds_space=True)
+    trie = ByteTrie.build([None, b" a", b" abcde", b" ", b"xy"], 0, patch_bytes=4, adds_space=True)
     found = {
         (trie.nodes.token_W[entry].item(), path_symbols(trie, path)[:-1])
         for entry, path in enumerate(trie.entry_paths[1].tolist())

@@ -107,9 +107,8 @@ def test_pieces_that_are_no_token():
 
 def test_packed_documents_are_packed_for_the_teacher():
     row = stream(b"b", EOD, b"ab", EOD, b"c")
-    found = read(
-        batch_of(row, stream(b"c", b"c"), documents=[[0, 0, 0, 1, 1, 1, 1, 2, 2], [0, 0, 0, 0, 0, 0, 0, 0, 0]])
-    )
+    batch = batch_of(row, stream(b"c", b"c"), documents=[[0, 0, 0, 1, 1, 1, 1, 2, 2], [0] * 9])
+    found = read(batch)
     assert found.teacher_batch.input_ids_BT.tolist() == [[END, B, END, END, AB, END, END, C], [END, C, C] + [END] * 5]
     assert found.teacher_batch.document_ids_BT.tolist() == [[0, 0, 0, 1, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1, 1, 1]]
     assert found.teacher_batch.position_ids_BT[0].tolist() == [0, 1, 2, 0, 1, 2, 0, 1]
@@ -118,6 +117,8 @@ def test_packed_documents_are_packed_for_the_teacher():
         (1, 1, b"", START), (3, 3, b"a", INSIDE), (4, 3, b"ab", INSIDE), (5, 4, b"", START), (7, 6, b"c", INSIDE),
     ]  # fmt: skip
     assert told(found, 9, row=1) == [(1, 1, b"", START), (2, 1, b"c", INSIDE)]
+    everything = Batch(batch.input_ids_BT, batch.input_ids_BT != PAD, batch.document_ids_BT)
+    assert told(read(everything), 9) == told(found, 9)
 
 
 def test_documents_that_see_each_other():

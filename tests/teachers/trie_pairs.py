@@ -14,11 +14,12 @@ from limbeck.models.byte_tokenizer import ByteTokenizer
 
 PATCH_BYTES = 5
 _MERGES = [("a", "b"), ("ab", "c"), ("a", "a"), ("aa", "aa"), ("aaaa", "aa"), ("b", "c"), ("ab", "ab")]
+_MERGES += [("b", "b"), ("bb", "bb"), ("bbbb", "b")]
 DOCUMENTS = ["abcaab bc abc", "aaaaaa b caabc abab", "é ab ☃ bcab", "a"]
 
 
 def nested() -> Any:
-    """Byte-level BPE: tokens in tokens, one longer than a patch, and one (added) with the bytes of another."""
+    """Byte-level BPE: tokens in tokens, two longer than a patch, and one (added) with the bytes of another."""
     tokenizer = byte_level_of_merges(_MERGES)
     tokenizer.add_tokens([" "])
     return tokenizer

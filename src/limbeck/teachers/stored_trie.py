@@ -122,7 +122,6 @@ class StoredTriePaths:
 
 def _match(encoded: EncodedRow, record: RowRecord) -> tuple[np.ndarray, np.ndarray]:
     """Positions of the student after which a patch begins where a token does, and the captured positions that predict it."""
-    said = np.append(np.asarray(record.scored)[1:], False)
     places, sources = [np.zeros(0, np.int64)], [np.zeros(0, np.int64)]
     for stretch, low, high in encoded.parts:
         symbols = np.asarray(encoded.ids[low:high], dtype=np.int64)
@@ -137,7 +136,7 @@ def _match(encoded: EncodedRow, record: RowRecord) -> tuple[np.ndarray, np.ndarr
             places.append(np.asarray([high - 1]))
             sources.append(np.asarray([stretch.end_token - 2]))
     place, source = np.concatenate(places), np.concatenate(sources)
-    is_told = (place >= 0) & (source >= 0) & said[source]
+    is_told = (place >= 0) & (source >= 0)
     return place[is_told], source[is_told]
 
 

@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck import pipeline
 from limbeck.capturing import capture_recipe
+from limbeck.core.errors import DataError
 from limbeck.core.symbols import BOS, EOD, EOP
 from limbeck.evaluation import evaluate_place
 from limbeck.models.byte_tokenizer import ByteTokenizer
@@ -193,3 +194,10 @@ def test_presets_train_resume_and_write(name, teacher, text, tmp_path):
     assert losses(facts)[-1] < losses(facts)[0]
     assert facts["speed"]["rows"][0]["student"]["decode_seconds_per_token"] > 0
     assert run(words, tmp_path / "run") == facts
+
+
+def test_a_text_to_be_judged_on_that_cannot_be_read_is_told_of_before_training(text, tmp_path):
+    words = recipe(None, text, evaluation={"texts": [{"source": str(tmp_path / "nowhere.txt")}], "max_tokens": 256})
+    with pytest.raises(DataError, match=r"nowhere\.txt"):
+        run(words, tmp_path / "run")
+    assert not (tmp_path / "run" / "arms").exists()

@@ -2,6 +2,7 @@
 
 import pytest
 
+from limbeck.assembly import scratch_config
 from limbeck.core.errors import RecipeError
 from limbeck.recipe_io import load_recipe, parse_recipe
 
@@ -54,6 +55,25 @@ REFUSED = {
         TAUGHT.replace("segmenter: teacher", "segmenter: space"), "learning_rate: 1e-3",
         "learning_rate: 1e-3, objectives: [{objective: byte_trie}]", "byte_trie needs",
     ),
+    "a course without its end": (
+        BYTES, "learning_rate: 1e-3", "learning_rate: 1e-3, dropout: {start: 0.1}", "dropout.end: missing. Dropout at the last step",
+    ),
+    "too much dropout": (BYTES, "learning_rate: 1e-3", "learning_rate: 1e-3, dropout: 1.5", "dropout: must be less than 1"),
+    "patches that stay": (
+        BYTES, "learning_rate: 1e-3", "learning_rate: 1e-3, patch_curriculum: [{share: 0.5, symbols: 16}]", "would cut none",
+    ),
+    "length in words": (BYTES, "random}", "random, architecture: {patch_bytes: abc}}", "whole number from 2 to 256"),
+    "size of another family": (BYTES, "random}", "random, architecture: {model_type: gpt2}}", "bytepool-10m is no gpt2"),
+    "no path": (
+        TAUGHT, "learning_rate: 1e-3", "learning_rate: 1e-3, objectives: [{objective: byte_trie, options: {paths: 0}}]",
+        "at least 1, got 0",
+    ),
+    "written bytes": (
+        TAUGHT, "learning_rate: 1e-3", "learning_rate: 1e-3, on_policy: {share: 0.5}", "needs a teacher with the student's tokens",
+    ),
+    "states of patches": (
+        TAUGHT, "learning_rate: 1e-3", "learning_rate: 1e-3, objectives: [{objective: hidden_mse}]", "hidden states are of patches",
+    ),
     "bytes of the teacher's own model": (TAUGHT, "size: bytepool-10m, initialisation: random", "keep_attention: 1", "only a student of a new"),
 }  # fmt: skip
 
@@ -67,6 +87,31 @@ def test_what_cannot_work_is_refused_with_the_way_out(name):
     with pytest.raises(RecipeError) as caught:
         parse_recipe(text.replace(old, new))
     assert told in str(caught.value)
+    assert len(str(caught.value).splitlines()) == 1 or name not in ("a course without its end", "too much dropout")
+
+
+ARCHITECTURES = {
+    "trunk: 3": "trunk: expected a mapping",
+    "trunk: {width: abc}": "trunk.width: expected a whole number, got 'abc'",
+    "trunk: {layers: 2.5}": "trunk.layers: expected a whole number, got 2.5",
+    "trunk: {qk_norm: maybe}": "trunk.qk_norm: expected true or false, got 'maybe'",
+    "trunk: {loop: abc}": "trunk.loop: expected a list, got 'abc'",
+    "logit_softcap: abc": "architecture.logit_softcap: expected a number, got 'abc'",
+}
+
+
+@pytest.mark.parametrize("words", ARCHITECTURES)
+def test_values_of_another_type_are_refused_by_their_key(words):
+    recipe = parse_recipe(BYTES.replace("random}", f"random, architecture: {{{words}}}}}"))
+    with pytest.raises(RecipeError) as caught:
+        scratch_config(recipe)
+    assert ARCHITECTURES[words] in str(caught.value)
+
+
+def test_shapes_of_every_kind_are_understood():
+    trunk = "{layers: 6, loop: [2, 4, 3], dropout: 0, kv_heads: null, rope_theta: 10000, share_feed_forward: interior}"
+    recipe = parse_recipe(BYTES.replace("random}", f"random, architecture: {{trunk: {trunk}, logit_softcap: null}}}}"))
+    assert scratch_config(recipe).trunk["loop"] == [2, 4, 3]
 
 
 def test_a_size_is_a_configuration_and_single_keys_of_it_can_be_changed():

@@ -123,15 +123,18 @@ def _teaching_problems(recipe: Recipe) -> Problems:
                 problems[where] = (
                     "byte_trie needs a student that reads bytes, cut at the teacher's borders: tokenizer.segmenter: teacher"
                 )
-            if term.objective in FEATURES and (
+            if term.objective in FEATURES and recipe.student.configuration.get("model_type") == BYTE_POOL:
+                problems[where] = (
+                    "this student's hidden states are of patches, its teacher's of tokens. Use forward_kl, or byte_trie"
+                )
+            elif term.objective in FEATURES and (
                 kind in ("served", "several") or (kind == "store" and term.objective not in HIDDEN_STATES)
             ):
                 problems[where] = f"teacher.{kind} hands over no such thing; a live teacher (source) does"
         if stage.on_policy is not None and kind in ("store", "served", "closed"):
             problems[f"{place}.on_policy"] = f"what the student writes has to be judged anew, and teacher.{kind} cannot"
-        if stage.on_policy is not None and any(
-            t.objective in CROSS_TOKENIZER - {"cross_entropy"} for t in stage.terms()
-        ):
+        across = any(term.objective in CROSS_TOKENIZER - {"cross_entropy"} for term in stage.terms())
+        if stage.on_policy is not None and (across or reads_teachers_trie(recipe)):
             problems[f"{place}.on_policy"] = "it needs a teacher with the student's tokens"
     return problems
 

@@ -74,9 +74,10 @@ _COURSE_FORMS = ("Ramp", "DropoutCourse")
 def _is_other_form(details: ErrorDetails) -> bool:
     """Whether a fault is of the form that was not meant: a course is no number, a number no course."""
     is_mapping = isinstance(details["input"], Mapping)
-    if details["loc"][-1] == _NUMBER_FORM:
+    form = details["loc"][-1] if details["loc"] else None
+    if form == _NUMBER_FORM:
         return is_mapping
-    return details["loc"][-1] in _COURSE_FORMS and not is_mapping
+    return form in _COURSE_FORMS and not is_mapping
 
 
 def _part_at(place: Place, data: Any) -> type[Part]:

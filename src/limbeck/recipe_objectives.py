@@ -157,4 +157,6 @@ def _option_problems(term: Objective) -> Problems:
             found[name] = f"expected a {'name' if isinstance(known[name], str) else 'number'}, got {value!r}"
         elif not isinstance(value, int | float | str | type(None)) or isinstance(value, bool):
             found[name] = f"expected a number, got {value!r}"
+        elif name == "paths" and (not isinstance(value, int) or value < 1):
+            found[name] = f"expected a whole number of at least 1, got {value!r}"
     return found

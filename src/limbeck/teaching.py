@@ -148,7 +148,12 @@ def _check_objectives(recipe: Recipe, teaching: Teaching) -> None:
     if not wrong:
         return
     advice = "Use chunk_likelihood (ALM) or sorted_earth_mover (ULD), alone or with cross_entropy."
-    if recipe.tokenizer.segmenter is not None:
+    if teaching.is_trie:
+        advice = (
+            "A store in the teacher's own tokens serves byte_trie, alone or with cross_entropy. For other losses capture "
+            "it again with this recipe and teacher.source: predictions of symbols are stored then."
+        )
+    elif recipe.tokenizer.segmenter is not None:
         advice = (
             "Cut at the teacher's borders (tokenizer.segmenter: teacher), and any loss on predictions is exact. Else: "
             + advice

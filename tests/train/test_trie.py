@@ -11,6 +11,7 @@ from limbeck.core.symbols import BOS, EOP
 from limbeck.core.types import Batch
 from limbeck.models.byte_pool import BytePoolConfig, BytePoolForCausalLM
 from limbeck.models.token_bytes import read_token_bytes
+from limbeck.objectives.byte_trie import path_divergence
 from limbeck.teachers.entries import TopK
 from limbeck.teachers.live import LiveTeacher
 from limbeck.teachers.trie import TrieTeacher
@@ -166,7 +167,7 @@ def test_packed_rows_and_chunks_change_nothing(pair, monkeypatch):
         torch.testing.assert_close(mine, theirs, atol=1e-10, rtol=1e-9)
 
 
-def test_terms_add_up_with_their_weights(pair):
+def test_terms_add_up_with_their_weights(pair, monkeypatch):
     student = make_student()
     terms = [
         Term("byte_trie", weight=lambda progress: 0.5, temperature=2.0),
@@ -174,11 +175,39 @@ def test_terms_add_up_with_their_weights(pair):
     ]
     batch = symbol_rows(pair[2], DOCUMENTS, 24)
     lesson = TrieLesson(student, open_teacher(pair, 3), terms)
+    softened = []
+
+    def watched(*arguments, **options):
+        softened.append((options["temperature"], path_divergence(*arguments, **options)))
+        return softened[-1][1]
+
+    monkeypatch.setattr("limbeck.train.trie.path_divergence", watched)
     total, found = lesson(batch)
+    assert {temperature for temperature, _ in softened} == {2.0}
+    torch.testing.assert_close(found["byte_trie"], 4 * sum(nats.sum().detach() for _, nats in softened))
     torch.testing.assert_close(total, 0.5 * found["byte_trie"] + 0.25 * found["forward_kl"])
     told = lesson.diagnose(batch)
     assert math.isclose(sum(told[f"share.{term.objective}"] for term in terms), 1, abs_tol=1e-6)
     assert lesson._states_BSD is None
+
+
+def test_only_patches_that_the_batch_scores(pair):
+    """Whatever else the teacher speaks of."""
+
+    class Talkative(TrieTeacher):
+        def targets(self, batch):
+            mask = torch.ones_like(batch.loss_mask_BT)
+            return super().targets(Batch(batch.input_ids_BT, mask, batch.document_ids_BT))
+
+    student = make_student()
+    batch = symbol_rows(pair[2], DOCUMENTS, 24)
+    mask = batch.loss_mask_BT & (torch.arange(24) % 3 == 0)
+    half = Batch(batch.input_ids_BT, mask, batch.document_ids_BT)
+    losses = [
+        TrieLesson(student, kind(*pair, paths=3), [Term("byte_trie")])(half)[0] for kind in (TrieTeacher, Talkative)
+    ]
+    torch.testing.assert_close(losses[1], losses[0], atol=1e-10, rtol=0)
+    assert float(losses[0]) > 0
 
 
 def test_a_batch_in_which_no_patch_is_known(pair):

@@ -51,6 +51,9 @@ REFUSED = {
     "curriculum of a store": (
         TAUGHT, "source: some/teacher", "store: some/store", "whole windows",
     ),
+    "infinite in the trie": (
+        TAUGHT, "learning_rate: 1e-3", "learning_rate: 1e-3, objectives: [{objective: reverse_kl}]", "Use forward_kl",
+    ),
     "trie without borders": (
         TAUGHT.replace("segmenter: teacher", "segmenter: space"), "learning_rate: 1e-3",
         "learning_rate: 1e-3, objectives: [{objective: byte_trie}]", "byte_trie needs",

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 BYTE_POOL = "limbeck_bytepool"
 OWN_FAMILIES = frozenset({BYTE_POOL, "limbeck_compact"})
+# What has no finite value where the teacher rules a symbol out that the student does not.
+_NEEDS_ALL_POSSIBLE = frozenset({"reverse_kl", "symmetric_kl", "adaptive_kl", "logit_mse"})
 _HYENA_KEYS = ("keep_attention", "keep_rule", "hyena", "failed_layers")
 
 
@@ -117,8 +119,11 @@ def _teaching_problems(recipe: Recipe) -> Problems:
                 problems["teacher.targets"] = (
                     "of 260 symbols all are handed over, or the top_k; draws are for vocabularies"
                 )
-            if term.objective == "logit_mse" and reads_teachers_trie(recipe):
-                problems[where] = "symbols that cannot come have no logit to compare. Use forward_kl, or byte_trie"
+            if term.objective in _NEEDS_ALL_POSSIBLE and reads_teachers_trie(recipe):
+                problems[where] = (
+                    f"the teacher gives most symbols no probability at all, and {term.objective} of that is infinite. Use forward_kl, "
+                    "skewed_reverse_kl or jensen_shannon"
+                )
             if term.objective == BYTE_TRIE and not reads_teachers_trie(recipe):
                 problems[where] = (
                     "byte_trie needs a student that reads bytes, cut at the teacher's borders: tokenizer.segmenter: teacher"

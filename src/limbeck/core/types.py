@@ -119,7 +119,7 @@ class Targets:
     hidden: hidden states [B, T, D] by layer: 0 after the embeddings, i after block i (so L is the last). features: other
     tensors by name, such as attention maps [B, H, T, T]. weight_B: how much each row's teacher counts, when several teach.
     known_BT: True where the logits say something; None: everywhere. patch_tokens: for a student that reads bytes, the
-    teacher's most probable *tokens* at the positions after which a patch begins; ids are -1 at all others.
+    teacher's most probable patch contents where a patch begins (rows of `ByteTrie.paths_CP`); ids are -1 elsewhere.
     """
 
     logits: DenseTargets | SparseTargets | None = None

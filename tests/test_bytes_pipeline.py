@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck import pipeline
 from limbeck.capturing import capture_recipe
-from limbeck.core.errors import DataError
+from limbeck.core.errors import CheckpointError, DataError, LimbeckError
 from limbeck.core.symbols import BOS, EOD, EOP
 from limbeck.evaluation import evaluate_place
 from limbeck.models.byte_tokenizer import ByteTokenizer
@@ -201,3 +201,16 @@ def test_a_text_to_be_judged_on_that_cannot_be_read_is_told_of_before_training(t
     with pytest.raises(DataError, match=r"nowhere\.txt"):
         run(words, tmp_path / "run")
     assert not (tmp_path / "run" / "arms").exists()
+
+
+def test_a_folder_where_nothing_was_trained_may_be_taken_by_a_corrected_recipe(text, tmp_path):
+    folder = tmp_path / "run"
+    wrong = recipe(None, text, tokenizer={"segmenter": "fixed:4"}, data={
+        "train": [{"source": str(text), "split": "train"}], "heldout": [{"source": str(tmp_path / "none.txt")}], "context_tokens": 64,
+    })  # fmt: skip
+    with pytest.raises(LimbeckError):
+        run(wrong, folder)
+    run(recipe(None, text, stages=[TUNE | {"tokens": 512}]), folder)
+    assert AutoTokenizer.from_pretrained(folder / "model").segmenter.name == "space"
+    with pytest.raises(CheckpointError, match="another recipe"):
+        run(recipe(None, text, tokenizer={"segmenter": "fixed:4"}), folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -42,6 +43,8 @@ class StagePlan:
 def claim_run_folder(folder: Path, recipe: Recipe) -> None:
     """Make a run folder this recipe's own, or see that it already is.
 
+    A folder in which nothing was trained or fetched yet (a first start that failed) may be taken by another recipe.
+
     Raises: CheckpointError when the folder holds a run of another recipe, naming what differs.
     """
     content = recipe.model_dump(mode="json")
@@ -53,7 +56,10 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
     marker = folder / "recipe.json"
     if marker.exists():
         before = read_json(marker)
-        if before != content:
+        is_begun = any((folder / name).exists() for name in _BEGUN)
+        if before != content and not is_begun:
+            _take(folder, recipe, content)
+        elif before != content:
             changed = ", ".join(sorted(_differences(before, content)))
             raise CheckpointError(
                 f"{folder} holds a run of another recipe (different: {changed}). Nothing was touched. "
@@ -63,10 +69,21 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
     if is_main():
         if folder.exists() and any(folder.iterdir()) and not (folder / "data").exists():
             raise CheckpointError(f"{folder} is not empty and is not a run folder. Choose another with --run-folder.")
-        write_json(marker, content)
+        _take(folder, recipe, content)
+
+
+def _take(folder: Path, recipe: Recipe, content: dict[str, Any]) -> None:
+    """Write whose folder it is. Tokenizers that another recipe made in it are not this one's."""
+    if is_main():
+        for name in _MADE_TOKENIZERS:
+            shutil.rmtree(folder / name, ignore_errors=True)
+        write_json(folder / "recipe.json", content)
         write_atomic(folder / "recipe.yaml", dump_recipe(recipe))
 
 
+# What a run leaves once it has trained, or asked a teacher; and what it makes of text before that.
+_BEGUN = ("arms", "seeds", "store", "report.json", "store.answers.jsonl")
+_MADE_TOKENIZERS = ("tokenizer", "borders")
 # What of `runtime` a continued run may not change; where it runs and how often it saves may.
 _BINDING_RUNTIME = frozenset({"gradient_checkpointing"})
 # How an endpoint is reached is not what it says: a server may move while a run is stopped.

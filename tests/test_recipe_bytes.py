@@ -51,6 +51,9 @@ REFUSED = {
     "curriculum of a store": (
         TAUGHT, "source: some/teacher", "store: some/store", "whole windows",
     ),
+    "no checkpointing": (
+        BYTES, "name: bytes", "name: bytes\nruntime: {gradient_checkpointing: true}", "micro_batch_sequences lower",
+    ),
     "infinite in the trie": (
         TAUGHT, "learning_rate: 1e-3", "learning_rate: 1e-3, objectives: [{objective: reverse_kl}]", "Use forward_kl",
     ),

@@ -80,6 +80,10 @@ def _new_student_problems(recipe: Recipe) -> Problems:
     limit = recipe.student.configuration.get("patch_bytes", 2)
     if family == BYTE_POOL and (type(limit) is not int or not 2 <= limit <= 256):
         return {"student.architecture.patch_bytes": f"expected a whole number from 2 to 256, got {limit!r}"}
+    if family in OWN_FAMILIES and recipe.runtime.gradient_checkpointing:
+        return {
+            "runtime.gradient_checkpointing": "models of this family do not have it. Set stages' micro_batch_sequences lower"
+        }
     if family == BYTE_POOL and recipe.tokenizer.segmenter is None:
         return {"tokenizer.segmenter": "this student reads bytes: say how they are cut, such as space or teacher"}
     if recipe.tokenizer.segmenter == TEACHER_BORDERS and recipe.teacher is None:

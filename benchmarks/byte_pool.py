@@ -141,15 +141,25 @@ def summary(runs: dict[str, Any], names: list[str], chosen: argparse.Namespace) 
 
 
 def _beside(runs: dict[str, Any], mine: str, rival: str, chosen: argparse.Namespace) -> dict[str, Any]:
-    """Bits per byte on spoilt text and the ratio to clean, of both, meaned over seeds; None where one cannot read it."""
+    """Bits per byte on spoilt text and the ratio to clean, of both, meaned over seeds, and their difference with its standard
+    error over seeds; None where one cannot read it."""
 
     def mean(name: str, row: str, key: str) -> float | None:
         found = [runs[f"{name} / {seed}"]["robustness"][row].get(key) for seed in chosen.seeds]
         return None if None in found else statistics.fmean(found)
 
+    def difference(row: str) -> dict[str, float | None] | None:
+        found = [
+            [runs[f"{name} / {seed}"]["robustness"][row].get("bits_per_byte") for seed in chosen.seeds]
+            for name in (mine, rival)
+        ]
+        return None if None in found[0] + found[1] else tiny.paired(*found)
+
     rows = runs[f"{mine} / {chosen.seeds[0]}"].get("robustness", {})
     return {
-        row: {key: [mean(mine, row, key), mean(rival, row, key)] for key in ("bits_per_byte", "ratio")} for row in rows
+        row: {key: [mean(mine, row, key), mean(rival, row, key)] for key in ("bits_per_byte", "ratio")}
+        | {"difference": difference(row)}
+        for row in rows
     }
 
 
@@ -169,4 +179,8 @@ def show(results: dict[str, Any]) -> None:
             if mine is None or other is None:
                 print(f"  {row:<16} {'-' if mine is None else f'{mine:.3f} (x{ratio:.2f})'}  rival cannot read it")
             else:
-                print(f"  {row:<16} {mine:.3f} (x{ratio:.2f})  rival {other:.3f} (x{other_ratio:.2f})")
+                gap, sure = of["difference"]["mean"], of["difference"]["standard_error"]
+                print(
+                    f"  {row:<16} {mine:.3f} (x{ratio:.2f})  rival {other:.3f} (x{other_ratio:.2f})  {gap:+.3f}"
+                    + ("" if sure is None else f" ± {sure:.3f}")
+                )

@@ -22,6 +22,7 @@ LAYERS = [
         "capturing",
         "arms",
         "assembly",
+        "new_models",
         "evaluation",
         "writing",
         "planning",

@@ -2,8 +2,8 @@
 
 import pytest
 
-from limbeck.assembly import scratch_config
 from limbeck.core.errors import RecipeError
+from limbeck.new_models import scratch_config
 from limbeck.recipe_io import load_recipe, parse_recipe
 
 BYTES = """\
@@ -50,6 +50,9 @@ REFUSED = {
     ),
     "curriculum of a store": (
         TAUGHT, "source: some/teacher", "store: some/store", "whole windows",
+    ),
+    "several through one trie": (
+        TAUGHT, "{source: some/teacher}", "{several: [{source: a/b}, {source: c/d}]}", "trie of one tokenizer",
     ),
     "no checkpointing": (
         BYTES, "name: bytes", "name: bytes\nruntime: {gradient_checkpointing: true}", "micro_batch_sequences lower",

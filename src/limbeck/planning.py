@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from limbeck import arms, assembly, doctor, teaching_costs
+from limbeck import arms, assembly, doctor, new_models, teaching_costs
 from limbeck.core.errors import TeacherError
 from limbeck.core.runtime import pick_device, set_threads
 from limbeck.models.config import HybridConfig
@@ -157,7 +157,7 @@ def _scratch_config(recipe: Recipe, teacher: Any | None) -> PreTrainedConfig:
             vocabulary = {"vocab_size": len(load_tokenizer(recipe.tokenizer.source))}
     elif teacher is not None:
         vocabulary = {"vocab_size": teacher.config.get_text_config().vocab_size}
-    return assembly.scratch_config(recipe, **vocabulary)
+    return new_models.scratch_config(recipe, **vocabulary)
 
 
 def teacher_config(source: str, *, revision: str | None = None) -> PreTrainedConfig:

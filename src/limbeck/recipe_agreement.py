@@ -12,6 +12,7 @@ from limbeck.recipe_values import Problems
 
 if TYPE_CHECKING:
     from limbeck.recipe import Recipe
+    from limbeck.recipe_objectives import Objective
 
 BYTE_POOL = "limbeck_bytepool"
 OWN_FAMILIES = frozenset({BYTE_POOL, "limbeck_compact"})
@@ -104,6 +105,13 @@ def _teaching_problems(recipe: Recipe) -> Problems:
         if alone:
             problems["teacher.several"] = f"nobody teaches data.train[{alone[0]}]. Name it in some member's texts"
     kind = recipe.teacher.kind
+    if reads_teachers_trie(recipe):
+        if kind == "several":
+            problems["teacher.several"] = (
+                "bytes are taught through the trie of one tokenizer. Name one teacher as source"
+            )
+        if recipe.teacher.targets == "sampled":
+            problems["teacher.targets"] = "of 260 symbols all are handed over, or the top_k; draws are for vocabularies"
     for index, stage in enumerate(recipe.stages):
         place = f"stages.{index}"
         if stage.kind == "align" and recipe.teacher.start is None:
@@ -113,39 +121,40 @@ def _teaching_problems(recipe: Recipe) -> Problems:
         if kind == "closed":
             problems[f"{place}.kind"] = "a closed teacher gives text alone. Use tune: it learns from what was written"
         for number, term in enumerate(stage.terms()):
-            is_other = term.objective not in ("forward_kl", "cross_entropy") or term.temperature != 1
-            if recipe.teacher.targets == "sampled" and term.objective not in FEATURES and is_other:
-                problems[f"{place}.objectives.{number}.objective"] = (
-                    "random draws estimate forward_kl at temperature 1 without bias, and nothing else. Use that, or targets: top_k"
-                )
-            where = f"{place}.objectives.{number}.objective"
-            if recipe.teacher.targets == "sampled" and reads_teachers_trie(recipe):
-                problems["teacher.targets"] = (
-                    "of 260 symbols all are handed over, or the top_k; draws are for vocabularies"
-                )
-            if term.objective in _NEEDS_ALL_POSSIBLE and reads_teachers_trie(recipe):
-                problems[where] = (
-                    f"the teacher gives most symbols no probability at all, and {term.objective} of that is infinite. Use forward_kl, "
-                    "skewed_reverse_kl or jensen_shannon"
-                )
-            if term.objective == BYTE_TRIE and not reads_teachers_trie(recipe):
-                problems[where] = (
-                    "byte_trie needs a student that reads bytes, cut at the teacher's borders: tokenizer.segmenter: teacher"
-                )
-            if term.objective in FEATURES and recipe.student.configuration.get("model_type") == BYTE_POOL:
-                problems[where] = (
-                    "this student's hidden states are of patches, its teacher's of tokens. Use forward_kl, or byte_trie"
-                )
-            elif term.objective in FEATURES and (
-                kind in ("served", "several") or (kind == "store" and term.objective not in HIDDEN_STATES)
-            ):
-                problems[where] = f"teacher.{kind} hands over no such thing; a live teacher (source) does"
+            told = _term_problem(recipe, term)
+            if told is not None:
+                problems[f"{place}.objectives.{number}.objective"] = told
         if stage.on_policy is not None and kind in ("store", "served", "closed"):
             problems[f"{place}.on_policy"] = f"what the student writes has to be judged anew, and teacher.{kind} cannot"
         across = any(term.objective in CROSS_TOKENIZER - {"cross_entropy"} for term in stage.terms())
         if stage.on_policy is not None and (across or reads_teachers_trie(recipe)):
             problems[f"{place}.on_policy"] = "it needs a teacher with the student's tokens"
     return problems
+
+
+def _term_problem(recipe: Recipe, term: Objective) -> str | None:
+    """Why a term of a distil stage cannot be had from this teacher; None when it can."""
+    teacher = recipe.teacher
+    assert teacher is not None
+    name = term.objective
+    is_trie = reads_teachers_trie(recipe)
+    if name == BYTE_TRIE and not is_trie:
+        return "byte_trie needs a student that reads bytes, cut at the teacher's borders: tokenizer.segmenter: teacher"
+    if name in _NEEDS_ALL_POSSIBLE and is_trie:
+        return (
+            f"the teacher gives most symbols no probability at all, and {name} of that is infinite. Use forward_kl, "
+            "skewed_reverse_kl or jensen_shannon"
+        )
+    if name not in FEATURES:
+        is_other = name not in ("forward_kl", "cross_entropy") or term.temperature != 1
+        if teacher.targets == "sampled" and is_other:
+            return "random draws estimate forward_kl at temperature 1 without bias, and nothing else. Use that, or targets: top_k"
+        return None
+    if recipe.student.configuration.get("model_type") == BYTE_POOL:
+        return "this student's hidden states are of patches, its teacher's of tokens. Use forward_kl, or byte_trie"
+    if teacher.kind in ("served", "several") or (teacher.kind == "store" and name not in HIDDEN_STATES):
+        return f"teacher.{teacher.kind} hands over no such thing; a live teacher (source) does"
+    return None
 
 
 def curriculum_problems(recipe: Recipe, index: int) -> Problems:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from limbeck import assembly
+from limbeck import assembly, new_models
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import derive_seed, is_main, seed_everything, wait_for_all
 from limbeck.models.hybrid import HybridForCausalLM, build_student
@@ -38,7 +38,7 @@ def initial_student(work: Run) -> Any:
         return _trained_student(work, words.source)
     if words.is_new:
         seed = derive_seed(work.recipe.seed, "student")
-        return assembly.scratch_model(work.recipe, work.tokenizer, work.data, seed=seed).to(work.device)
+        return new_models.scratch_model(work.recipe, work.tokenizer, work.data, seed=seed).to(work.device)
     folder = work.folder / "arms" / "student" / "initial"
     saved = newest_checkpoint(folder)
     if words.shrink is not None:

@@ -12,11 +12,11 @@ check: $(VENV)/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
-	$(BIN)/pytest -q -n auto --dist loadscope -m "not slow and not gpu and not served" --durations=10
-	$(BIN)/pytest -q -n auto --dist loadscope -m "slow and not gpu and not served" --durations=10
+	$(BIN)/pytest -q -n auto --dist loadscope --max-worker-restart=0 -m "not slow and not gpu and not served" --durations=10
+	$(BIN)/pytest -q -n auto --dist loadscope --max-worker-restart=0 -m "slow and not gpu and not served" --durations=10
 
 quick: $(VENV)/.installed-dev
-	$(BIN)/pytest -q -n auto --dist loadscope -m "not slow and not gpu and not served"
+	$(BIN)/pytest -q -n auto --dist loadscope --max-worker-restart=0 -m "not slow and not gpu and not served"
 
 format: $(VENV)/.installed-dev
 	$(BIN)/ruff format .

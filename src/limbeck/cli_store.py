@@ -33,14 +33,10 @@ def capture(
 
     loaded = load_recipe(recipe, overrides or [])
     from limbeck.capturing import capture_recipe
-    from limbeck.core.runtime import is_main, pick_device, start_distributed, stop_distributed, stop_on_signals
+    from limbeck.core.runtime import is_main, pick_device, process_group, stop_on_signals
 
-    try:
-        start_distributed(pick_device(loaded.runtime.device))
-        with quiet_stdout(when=as_json), stop_on_signals() as stop:
-            facts = capture_recipe(loaded, folder=folder, stop=stop, progress=not as_json)
-    finally:
-        stop_distributed()
+    with process_group(pick_device(loaded.runtime.device)), quiet_stdout(when=as_json), stop_on_signals() as stop:
+        facts = capture_recipe(loaded, folder=folder, stop=stop, progress=not as_json)
     if is_main():
         show_facts(facts, as_json=as_json)
 

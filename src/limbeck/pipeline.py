@@ -25,9 +25,8 @@ from limbeck.core.runtime import (
     derive_seed,
     is_main,
     pick_device,
+    process_group,
     set_threads,
-    start_distributed,
-    stop_distributed,
     stop_on_signals,
     wait_for_all,
 )
@@ -93,19 +92,15 @@ def run(
         return read_json(folder / "report.json")
     device = pick_device(recipe.runtime.device)
     set_threads(recipe.runtime.threads)
-    try:
-        start_distributed(device)
-        with stop_on_signals() as stop:
-            work = open_run(recipe, folder, device, stop, show_progress=progress)
-            results: dict[str, ArmResult] = {}
-            for arm in arms_of(work, results):
-                results[arm.name] = train_arm(work, arm)
-            differences = [judging.replica_difference(again, train_replica(again)) for again in replicas(work)]
-            facts = judging.report(work, results, differences) if is_main() else {}
-            wait_for_all()
-            return facts
-    finally:
-        stop_distributed()
+    with process_group(device), stop_on_signals() as stop:
+        work = open_run(recipe, folder, device, stop, show_progress=progress)
+        results: dict[str, ArmResult] = {}
+        for arm in arms_of(work, results):
+            results[arm.name] = train_arm(work, arm)
+        differences = [judging.replica_difference(again, train_replica(again)) for again in replicas(work)]
+        facts = judging.report(work, results, differences) if is_main() else {}
+        wait_for_all()
+        return facts
 
 
 def open_run(recipe: Recipe, folder: Path, device: torch.device, stop: StopRequest, *, show_progress: bool) -> Run:

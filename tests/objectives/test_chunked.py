@@ -423,6 +423,7 @@ def _train_part(number, address, state, inputs, ids, logits, queue):
     if number == 0:
         queue.put({name: p.grad.tolist() for name, p in model.named_parameters()})
     dist.barrier()
+    del runner  # one that outlives its process group can wait for ever
     dist.destroy_process_group()
 
 

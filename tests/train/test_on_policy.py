@@ -595,6 +595,8 @@ def _train_as(number, address, folder, queue):
     import os
     from pathlib import Path
 
+    from limbeck.core.runtime import stop_distributed
+
     os.environ |= {"RANK": str(number), "WORLD_SIZE": "2"}
     torch.distributed.init_process_group("gloo", init_method=address, rank=number, world_size=2)
     torch.set_num_threads(1)
@@ -607,7 +609,7 @@ def _train_as(number, address, folder, queue):
             state = dict(lesson.student.named_parameters()) | lesson.state_tensors()
             queue.put(((name, part, number), {key: value.detach().tolist() for key, value in state.items()}))
     torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
+    stop_distributed()
 
 
 @pytest.mark.slow

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import random
 import signal
 import threading
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -90,9 +92,36 @@ def start_distributed(device: torch.device) -> bool:
 
 
 def stop_distributed() -> None:
-    """Leave the process group, if one was joined."""
+    """Leave the process group, if one was joined. What wraps a model for it must be gone by then, see `process_group`."""
     if torch.distributed.is_available() and torch.distributed.is_initialized():
+        gc.collect()
         torch.distributed.destroy_process_group()
+
+
+@contextmanager
+def process_group(device: torch.device) -> Iterator[None]:
+    """Be one of the processes that torchrun started, if it did, until the block ends.
+
+    A `DistributedDataParallel` that is freed after its group is destroyed can wait for ever (gloo's threads ask for the
+    interpreter while it waits for them), and the frames of an error hold one: they are cleared first.
+    """
+    start_distributed(device)
+    try:
+        yield
+    except BaseException as error:
+        if torch.distributed.is_available() and torch.distributed.is_initialized():
+            _forget_locals(error)
+        raise
+    finally:
+        stop_distributed()
+
+
+def _forget_locals(error: BaseException | None) -> None:
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
 
 
 def wait_for_all() -> None:

@@ -1,6 +1,6 @@
 """The later commands: judge, compare, continue a prompt, show a report, for a finished run or any model.
 
-A *place* is a run folder (its `model/` is meant), a model folder, a hub id, a GGUF file, or `embedded`.
+What a *place* is: see `places.py`.
 """
 
 from __future__ import annotations
@@ -9,9 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from limbeck.core.errors import DataError, LimbeckError
+from limbeck.core.errors import DataError
 from limbeck.core.files import read_json
 from limbeck.core.runtime import pick_device
 from limbeck.data.text import TextSource, read_documents
@@ -20,32 +18,15 @@ from limbeck.evaluate.facts import read_facts
 from limbeck.evaluate.quality import score_text
 from limbeck.evaluate.report import write_report
 from limbeck.evaluate.robustness import LEVELS, JudgedModel, score_robustness
-from limbeck.models.teacher import LoadedTeacher, load_teacher
-
-
-def open_place(place: str, *, device: torch.device) -> LoadedTeacher:
-    """Load the model that a place means.
-
-    Raises: LimbeckError when a run folder has no finished student yet.
-    """
-    folder = Path(place)
-    if (folder / "recipe.json").exists() and not (folder / "config.json").exists():
-        if not (folder / "model" / "config.json").exists():
-            raise LimbeckError(
-                f"{folder} is a run that has not finished: give its `limbeck run` command again, or name a model folder."
-            )
-        place = str(folder / "model")
-    loaded = load_teacher(place, device=device)
-    loaded.model.eval()
-    return loaded
+from limbeck.places import open_place, run_of
 
 
 def run_settings(place: str) -> dict[str, Any]:
-    """How the run in a folder was judged, so that later figures are comparable; empty for other places."""
-    file = Path(place) / "recipe.json"
-    if not file.exists():
+    """How the run that a place lies in was judged, so that later figures are comparable; empty for other places."""
+    run = run_of(Path(place))
+    if run is None:
         return {}
-    recipe = read_json(file)
+    recipe = read_json(run / "recipe.json")
     words = recipe["evaluation"]
     return {
         "context_tokens": words["context_tokens"] or recipe["data"]["context_tokens"], "stride_tokens": words["stride_tokens"],

@@ -21,7 +21,7 @@ def generate_from(
     seed: int = 0,
     device: str = "auto",
 ) -> Iterator[str]:
-    """Continue a prompt, piece by piece. place: as for `evaluation.open_place`."""
+    """Continue a prompt, piece by piece. place: as for `places.open_place`."""
     where = pick_device(device)
     choice = {"temperature": temperature, "top_p": top_p}
     folder = _small_model(place)
@@ -32,8 +32,8 @@ def generate_from(
         seed_everything(seed)
         yield from stream_bare(model, prompt, max_new_tokens=max_new_tokens, **choice)
         return
-    from limbeck.evaluation import open_place
     from limbeck.models.generation import stream_text
+    from limbeck.places import open_place
 
     loaded = open_place(place, device=where)
     seed_everything(seed)

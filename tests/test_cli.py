@@ -195,7 +195,7 @@ def test_debug_shows_where(fake):
     result = run("--debug", "run", "demo")
     assert result.exit_code == 2
     assert "Traceback" in result.stderr
-    assert result.stderr.strip().endswith("bad")
+    assert result.stderr.strip().endswith("bad\n(data: limbeck explain data)")
 
 
 @pytest.mark.parametrize(

@@ -64,31 +64,44 @@ def _is_closed_pipe(error: Exception) -> bool:
 def explain_fault(error: Exception) -> tuple[int, str]:
     """The exit code and the message for a fault."""
     if isinstance(error, LimbeckError):
-        return 2, str(error)
+        return 2, f"{error}\n{_read_on(error.code)}"
     if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
         from limbeck.doctor import free_disk_bytes
 
         free = free_disk_bytes(Path(error.filename or ".").parent)
         where = f" at {error.filename}" if error.filename else ""
-        return 2, f"the disk is full{where}: {free / 1e6:.1f} MB free. Make room and give the same command again."
+        message = f"the disk is full{where}: {free / 1e6:.1f} MB free. Make room and give the same command again."
+        return 2, f"{message}\n{_read_on('environment')}"
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
-        return (
-            2,
-            "out of memory. Set stages.<name>.micro_batch_sequences lower (the result stays the same) and try again.",
+        message = (
+            "out of memory. Set stages.<name>.micro_batch_sequences lower (the result stays the same) and try again."
         )
+        return 2, f"{message}\n{_read_on('environment')}"
     detail = str(error).strip().splitlines()
     summary = f"{type(error).__name__}: {detail[0][:300]}" if detail else type(error).__name__
-    return 1, f"{summary}\nThis is a fault in Limbeck, not in your recipe. `limbeck --debug ...` shows where."
+    told = "This is a fault in Limbeck, not in your recipe. `limbeck --debug ...` shows where."
+    return 1, f"{summary}\n{told}\n{_read_on('fault')}"
+
+
+def _read_on(code: str) -> str:
+    return f"({code}: limbeck explain {code})"
 
 
 def say(text: str) -> None:
     """A line for the person, on stderr."""
-    _console(stderr=True).print(text, markup=False, highlight=False, soft_wrap=True)
+    _console(stderr=True).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
 def show(text: str = "") -> None:
     """A line of result, on stdout."""
-    _console().print(text, markup=False, highlight=False, soft_wrap=True)
+    _console().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def print_markdown(text: str) -> None:
+    """A page of Markdown as a terminal can show it, on stdout."""
+    from rich.markdown import Markdown
+
+    _console().print(Markdown(text))
 
 
 def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:

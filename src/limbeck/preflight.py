@@ -32,7 +32,7 @@ _ACROSS = (
 )
 
 
-class PlanError(LimbeckError):
+class PlanError(RecipeError):
     """The recipe cannot be carried out on this machine. `facts`: the plan as far as it was made."""
 
     def __init__(self, message: str, facts: dict[str, Any] | None = None) -> None:

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from limbeck.core.errors import DataError, LimbeckError, TeacherError
+from limbeck.core.errors import DataError, EvaluationError, TeacherError
 from limbeck.evaluate.windows import ScoredDocument, Window, position_limit, prepare_documents, sliding_windows
 
 TEMPORARY_BYTES = 64 * 2**20
 MIN_DOCUMENT_BLOCKS = 8
 
 
-class NonFiniteLogits(LimbeckError):
+class NonFiniteLogits(EvaluationError):
     """A model answered with NaN or infinity.
 
     `document` (its place in the list given) and `token` say what was being predicted; a beginning-of-text token that

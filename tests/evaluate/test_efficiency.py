@@ -8,7 +8,8 @@ from torch import nn
 
 from limbeck.core.errors import DataError
 from limbeck.evaluate import efficiency, memory
-from limbeck.evaluate.efficiency import compare_speed, measure_speed, parameter_facts
+from limbeck.evaluate.efficiency import compare_speed, measure_costs, measure_speed, parameter_facts
+from limbeck.evaluate.energy import EnergyMeter
 from limbeck.evaluate.facts import SpeedMeasurement
 from limbeck.evaluate.memory import cache_bytes, watch_memory
 
@@ -98,6 +99,14 @@ def test_times_are_medians_of_repeats_and_the_worst_token_is_kept():
     efficiency._summarise(result, samples)
     assert (result.prefill_seconds, result.prefill_tokens_per_second) == (4.0, 2.0)
     assert (result.decode_seconds_per_token, result.decode_worst_seconds) == (2.0, 8.0)
+    assert (result.prefill_seconds_range, result.decode_seconds_per_token_range) == ((2.0, 9.0), (1.0, 5.0))
+    assert result.decode_tokens_per_second == 0.5
+
+
+def test_tokens_a_second_are_of_all_rows():
+    result = SpeedMeasurement(context=8, batch=3)
+    efficiency._summarise(result, [efficiency._Sample(prefill_seconds=2.0, decode_seconds=[0.5], cache_bytes=0)])
+    assert (result.prefill_tokens_per_second, result.decode_tokens_per_second) == (12.0, 6.0)
 
 
 def test_learned_positions_end_and_rotary_ones_do_not():
@@ -199,10 +208,22 @@ def test_memory_watch_sees_what_was_freed_again():
     assert watch.peak_bytes > 48 * 2**20
 
 
+def test_laps_of_a_memory_watch_are_told_apart():
+    with watch_memory(torch.device("cpu")) as watch:
+        held = torch.ones(64 * 2**18)
+        first = watch.lap()
+        del held
+        watch.lap()
+        second = watch.lap()
+    assert first > 48 * 2**20
+    assert second < 16 * 2**20
+    assert watch.peak_bytes >= first
+
+
 def test_memory_watch_without_proc(monkeypatch, tmp_path):
     monkeypatch.setattr(memory, "RESIDENT_PAGES", tmp_path / "none")
     with watch_memory(torch.device("cpu")) as watch:
-        pass
+        assert watch.lap() is None
     assert watch.peak_bytes >= 0
     assert "high-water" in watch.method
 
@@ -225,3 +246,69 @@ def test_models_with_other_tokens_read_the_same_bytes_and_are_compared_by_the_by
     seconds = row.teacher.decode_seconds_per_token, row.student.decode_seconds_per_token
     assert row.decode_speedup == pytest.approx(seconds[0] / 4 / (seconds[1] / (8 / 6)))
     assert "same text" in found.note
+
+
+WORDS = efficiency.Reading([1, 2, 3, 4], [4, 4, 4, 4])
+SYMBOLS = efficiency.Reading([5, 6, 7, 8, 9, 5], [1, 1, 1, 1, 0, 4])
+
+
+def test_a_batch_is_read_and_continued_together_and_every_model_takes_its_turn():
+    calls = []
+    models = [Recorder(name, calls) for name in "abc"]
+    rows = measure_costs(models, [WORDS, WORDS, SYMBOLS], context=2, batch=3, decode_tokens=2, repeats=2)
+    assert [(row.context, row.batch) for row in rows] == [(2, 3), (2, 3), (6, 3)]
+    assert [name for name, tokens, _ in calls if tokens > 1] == list("abc" + "abc" + "cba")
+    assert all(row.cache_bytes == 3 * (row.context + 2) * 8 for row in rows)
+
+
+def test_a_real_batch_takes_a_cache_for_every_row():
+    reading = efficiency.Reading(list(range(40)), [1] * 40)
+    single, many = (
+        measure_costs([build_model(dtype=FLOAT)], [reading], context=24, batch=batch, decode_tokens=2, repeats=1)[0]
+        for batch in (1, 3)
+    )
+    assert many.cache_bytes == 3 * single.cache_bytes == 3 * 26 * KEY_VALUE_BYTES
+    assert many.prefill_peak_memory_bytes >= 0
+    assert many.peak_memory_bytes >= max(many.prefill_peak_memory_bytes, many.decode_peak_memory_bytes) - 2**20
+    assert (many.prefill_joules_per_token, many.decode_joules_per_token, many.energy_method) == (None, None, "")
+
+
+def test_energy_is_by_the_token_of_all_rows_and_of_every_prefill(monkeypatch):
+    moment = iter(range(10**6))
+    monkeypatch.setattr(
+        efficiency, "_now", lambda _device: float(next(moment))
+    )  # each look at the clock takes a second
+    spent = iter([0.0, 120.0, 500.0, 512.0])
+    meter = EnergyMeter("made up", lambda: [next(spent)], [None], 5.0)
+    calls = []
+    row = measure_costs([Recorder("a", calls)], [WORDS], context=4, batch=2, decode_tokens=3, repeats=1, meter=meter)[0]
+    prefills = sum(tokens == 4 for _, tokens, _ in calls) - 3  # the untimed one, the timed one, the one before decoding
+    assert prefills > 1
+    assert row.prefill_joules_per_token == pytest.approx(120 / (prefills * 2 * 4))
+    assert row.decode_joules_per_token == pytest.approx(12 / (2 * 3))
+    assert row.energy_method == "made up"
+
+
+def test_what_is_too_short_for_the_counter_gets_no_figure(monkeypatch):
+    meter = EnergyMeter("made up", lambda: [0.0], [None], 5.0)
+    moment = iter(range(10**6))
+    monkeypatch.setattr(efficiency, "_now", lambda _device: float(next(moment)))
+    row = measure_costs([Recorder("a", [])], [WORDS], context=4, decode_tokens=1, repeats=1, meter=meter)[0]
+    assert row.prefill_joules_per_token == 0.0
+    assert row.decode_joules_per_token is None
+    assert "decode: 3 s is too short" in row.energy_method
+
+
+def test_a_batch_that_memory_cannot_hold_is_skipped(monkeypatch):
+    def too_much(*_, **__):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(efficiency, "prompts_of", too_much)
+    rows = measure_costs([Recorder("a", []), Recorder("b", [])], [WORDS, WORDS], context=4, batch=10**6)
+    assert [row.skipped for row in rows] == ["not enough memory"] * 2
+
+
+@pytest.mark.parametrize("wrong", [{"context": 0}, {"batch": 0}, {"decode_tokens": 0}, {"repeats": 0}])
+def test_costs_of_nothing_are_refused(wrong):
+    with pytest.raises(DataError, match="speed"):
+        measure_costs([Recorder("a", [])], [WORDS], **{"context": 4} | wrong)

@@ -18,7 +18,7 @@ from limbeck.core.errors import DataError
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import seed_everything
 from limbeck.data.text import read_documents
-from limbeck.evaluate.efficiency import Reading, compare_speed, parameter_facts
+from limbeck.evaluate.efficiency import compare_speed, parameter_facts
 from limbeck.evaluate.facts import (
     Controls,
     FloorFacts,
@@ -41,12 +41,11 @@ from limbeck.evaluate.quality import (
     score_text,
     zeroed_mixers,
 )
+from limbeck.evaluate.readings import Reading, read_text
 from limbeck.evaluate.report import write_report
 from limbeck.evaluate.worth import teacher_worth
 from limbeck.models.generation import continue_text
 from limbeck.models.teacher import quietly
-from limbeck.models.token_bytes import read_token_bytes
-from limbeck.models.tokenizers import encoder
 from limbeck.recipe import Recipe
 from limbeck.recipe_io import dump_recipe
 
@@ -267,12 +266,7 @@ def readings(work: Run) -> list[Reading] | None:
     text = "\n".join(document for documents in evaluation_texts(work.recipe).values() for document in documents)[
         :_SPEED_CHARACTERS
     ]
-    found = []
-    for tokenizer in tokenizers:
-        pieces = read_token_bytes(tokenizer).lengths
-        ids = encoder(tokenizer)([text])[0]
-        found.append(Reading(ids, [int(pieces[token]) for token in ids]))
-    return found
+    return [read_text(tokenizer, text) for tokenizer in tokenizers]
 
 
 def layer_facts(work: Run, student: Any) -> list[LayerFacts]:

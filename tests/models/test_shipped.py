@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from limbeck.models.compact import CompactConfig, CompactForCausalLM
-from limbeck.models.shipped import model_costs, tying_menu, tying_table
+from limbeck.models.shipped import folder_bytes, model_costs, tying_menu, tying_table
 from limbeck.models.sizes import SIZES
 
 TRUNK = {"width": 8, "layers": 4, "heads": 2, "feed_forward": 16, "qk_norm": False, "residual_scalars": False}
@@ -82,3 +82,24 @@ def test_hyena_counts_too(mixers):
         )
     costs = model_costs(model, context_tokens=7)
     assert costs["parameters_run"] > costs["parameters"]
+
+
+def test_a_folder_weighs_what_loading_it_needs(tmp_path):
+    assert folder_bytes(tmp_path) is None
+    sizes = {
+        "config.json": 10,
+        "tokenizer.json": 20,
+        "model.safetensors": 400,
+        "pytorch_model.bin": 401,
+        "README.md": 5,
+        ".hidden.json": 9,
+    }
+    for name, size in sizes.items():
+        (tmp_path / name).write_bytes(b"x" * size)
+    (tmp_path / "checkpoint-1").mkdir()
+    (tmp_path / "checkpoint-1" / "model.safetensors").write_bytes(b"x" * 400)
+    assert folder_bytes(tmp_path) == 430
+    (tmp_path / "model.safetensors").unlink()
+    assert folder_bytes(tmp_path) == 431
+    assert folder_bytes(tmp_path / "pytorch_model.bin") == 401
+    assert folder_bytes(tmp_path / "nowhere") is None

@@ -1,6 +1,6 @@
-"""What a model costs at inference: seconds, tokens per second, cache and memory, by context length.
+"""What a model costs at inference: seconds, tokens per second, memory and energy, by context length and batch.
 
-Measured, never derived, and alternating between the models so that a slow moment of the machine hits both.
+Measured, never derived, and alternating between the models so that a slow moment of the machine hits all.
 """
 
 from __future__ import annotations
@@ -16,42 +16,15 @@ import torch
 from torch import nn
 
 from limbeck.core.errors import DataError, LimbeckError, TeacherError
+from limbeck.evaluate import energy
 from limbeck.evaluate.facts import SpeedFacts, SpeedMeasurement, SpeedRow
 from limbeck.evaluate.memory import cache_bytes, watch_memory
+from limbeck.evaluate.readings import Prompt, Reading, prompts_of, random_prompt
 from limbeck.evaluate.windows import position_limit
 
 SPEED_TIE = 0.05
+_TOO_LITTLE = "not enough memory"
 _SAME_TEXT = ", each reading the same text in its own tokens (context: the student's; decoding compared by the byte)"
-
-
-@dataclass(frozen=True)
-class Reading:
-    """A text in one model's tokens. lengths: bytes of each token, 0 for those that stand for no text."""
-
-    ids: Sequence[int]
-    lengths: Sequence[int]
-
-    @property
-    def bytes_per_token(self) -> float:
-        """Bytes that a token stands for on average."""
-        return sum(self.lengths) / len(self.ids)
-
-    def tokens_of(self, count: int) -> int:
-        """How many tokens it takes to hold so many bytes, one at least."""
-        total = 0
-        for place, length in enumerate(self.lengths):
-            total += length
-            if total >= count:
-                return place + 1
-        return len(self.ids)
-
-
-@dataclass(frozen=True)
-class _Prompt:
-    """Tokens for one model: so many of them are read at once, the others one by one."""
-
-    ids_BT: torch.Tensor
-    context: int
 
 
 @dataclass(frozen=True)
@@ -92,7 +65,7 @@ def measure_speed(
     vocabulary = _vocabulary(model, vocab_size)
     place = torch.device(device)
     return [
-        _measure_together([model], [_random_prompt(vocabulary, context, decode_tokens)], repeats, place)[0]
+        _measure_together([model], [random_prompt(vocabulary, context, decode_tokens)], repeats, place)[0]
         for context in context_lengths
     ]
 
@@ -123,9 +96,9 @@ def compare_speed(
     for context in sorted(set(context_lengths)):
         if vocabulary is None:
             assert readings is not None
-            prompts = _prompts_of(readings, context, decode_tokens)
+            prompts = prompts_of(readings, context, decode_tokens)
         else:
-            prompts = [_random_prompt(vocabulary, context, decode_tokens)] * len(models)
+            prompts = [random_prompt(vocabulary, context, decode_tokens)] * len(models)
         measured = _measure_together(models, prompts, repeats, place)
         rows.append(_side_by_side(None if teacher is None else measured[0], measured[-1], bytes_ratio=weight))
     threads = f", {torch.get_num_threads()} thread(s)" if place.type == "cpu" else ""
@@ -136,6 +109,34 @@ def compare_speed(
         note=f"Batch 1 on {place.type}{threads}; medians of {repeats} repeats, {decode_tokens} tokens decoded in each, "
         f"models in alternation{_SAME_TEXT if readings else ''}. Differences under {SPEED_TIE:.0%} are not called faster or slower.",
     )
+
+
+def measure_costs(
+    models: Sequence[nn.Module],
+    readings: Sequence[Reading],
+    *,
+    context: int,
+    batch: int = 1,
+    decode_tokens: int = 16,
+    repeats: int = 3,
+    device: str | torch.device = "cpu",
+    meter: energy.EnergyMeter | None = None,
+) -> list[SpeedMeasurement]:
+    """Measure several models in turn at one context length and batch, all reading the same text in their own tokens.
+
+    context: tokens of the first model; the others read as many bytes (their own `context` says how many tokens these
+    are). meter: where energy is read from, after the times, in passes of their own.
+
+    Raises: DataError when a count is not positive.
+    """
+    _check_counts([context, batch], decode_tokens, repeats)
+    try:
+        prompts = prompts_of(readings, context, decode_tokens, batch=batch, reference=0)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_memory_short(error):
+            raise
+        return [SpeedMeasurement(context=context, batch=batch, skipped=_TOO_LITTLE) for _ in models]
+    return _measure_together(models, prompts, repeats, torch.device(device), meter)
 
 
 def _is_slower(speedup: float | None) -> bool:
@@ -161,30 +162,16 @@ def _vocabulary(model: nn.Module, given: int | None) -> int:
     return embeddings.num_embeddings
 
 
-def _random_prompt(vocabulary: int, context: int, decode_tokens: int) -> _Prompt:
-    generator = torch.Generator().manual_seed(context)
-    return _Prompt(torch.randint(vocabulary, (1, context + decode_tokens), generator=generator), context)
-
-
-def _prompts_of(readings: Sequence[Reading], context: int, decode_tokens: int) -> list[_Prompt]:
-    """As many bytes for each model as `context` tokens of the last one hold; the text is repeated where it is short."""
-    last = readings[-1]
-    repeats = -(-(context + decode_tokens) // len(last.ids)) + 1
-    held = sum((list(last.lengths) * repeats)[:context])
-    prompts = []
-    for reading in readings:
-        ids, lengths = list(reading.ids) * repeats, list(reading.lengths) * repeats
-        count = context if reading is last else Reading(ids, lengths).tokens_of(held)
-        prompts.append(_Prompt(torch.tensor([ids[: count + decode_tokens]]), count))
-    return prompts
-
-
 def _measure_together(
-    models: Sequence[nn.Module], prompts: Sequence[_Prompt], repeats: int, device: torch.device
+    models: Sequence[nn.Module],
+    prompts: Sequence[Prompt],
+    repeats: int,
+    device: torch.device,
+    meter: energy.EnergyMeter | None = None,
 ) -> list[SpeedMeasurement]:
     """Measure several models at one length, taking turns; the order is reversed in every other repeat."""
-    prompts = [_Prompt(prompt.ids_BT.to(device), prompt.context) for prompt in prompts]
-    results = [SpeedMeasurement(context=prompt.context) for prompt in prompts]
+    prompts = [Prompt(prompt.ids_BT.to(device), prompt.context) for prompt in prompts]
+    results = [SpeedMeasurement(context=prompt.context, batch=len(prompt.ids_BT)) for prompt in prompts]
     samples: list[list[_Sample]] = [[] for _ in models]
     was_training = [model.training for model in models]
     try:
@@ -195,7 +182,10 @@ def _measure_together(
             places = range(len(models)) if repeat % 2 == 0 else reversed(range(len(models)))
             for place in places:
                 if results[place].skipped is None:
-                    samples[place].append(_run_once(models[place], prompts[place].ids_BT, prompts[place].context))
+                    samples[place].append(_run_once(models[place], prompts[place]))
+        for model, result, prompt in zip(models, results, prompts, strict=True):
+            if meter is not None and result.skipped is None:
+                _measure_energy(model, prompt, result, meter)
     finally:
         for model, training in zip(models, was_training, strict=True):
             model.train(training)
@@ -211,38 +201,90 @@ def _reason_to_skip(model: nn.Module, tokens: int) -> str | None:
     return None
 
 
-def _warm_up(model: nn.Module, prompt: _Prompt, result: SpeedMeasurement) -> str | None:
+def _warm_up(model: nn.Module, prompt: Prompt, result: SpeedMeasurement) -> str | None:
     """The untimed run: fills in the memory; returns the reason when the model cannot be run at this length."""
     try:
         with watch_memory(prompt.ids_BT.device) as watch:
-            result.cache_bytes = _run_once(model, prompt.ids_BT, prompt.context).cache_bytes
+            _, cache = _prefill(model, prompt)
+            prefill_peak = watch.lap()
+            _, cache = _decode(model, prompt, cache)
+            decode_peak = watch.lap()
     except LimbeckError as error:
         return str(error)
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, (torch.OutOfMemoryError, MemoryError)) and "allocate memory" not in str(error):
+        if not _is_memory_short(error):
             raise
-        return "not enough memory"
+        return _TOO_LITTLE
+    result.cache_bytes = cache_bytes(cache)
     result.peak_memory_bytes, result.memory_method = watch.peak_bytes, watch.method
+    result.prefill_peak_memory_bytes, result.decode_peak_memory_bytes = prefill_peak, decode_peak
     return None
 
 
+def _is_memory_short(error: Exception) -> bool:
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "allocate memory" in str(error)
+
+
+def _run_once(model: nn.Module, prompt: Prompt) -> _Sample:
+    prefill_seconds, cache = _prefill(model, prompt)
+    decode_seconds, cache = _decode(model, prompt, cache)
+    return _Sample(prefill_seconds, decode_seconds, cache_bytes(cache))
+
+
 @torch.no_grad()
-def _run_once(model: nn.Module, ids_BT: torch.Tensor, context: int) -> _Sample:
+def _prefill(model: nn.Module, prompt: Prompt) -> tuple[float, Any]:
+    """Read the context at once: seconds, and the cache."""
+    ids_BT = prompt.ids_BT[:, : prompt.context]
+    options = _options(model)
+    start = _now(ids_BT.device)
+    cache = model(input_ids=ids_BT, **options).past_key_values
+    seconds = _now(ids_BT.device) - start
+    if cache is None:
+        raise TeacherError(f"{type(model).__name__} keeps no cache, so decoding cannot be measured")
+    return seconds, cache
+
+
+@torch.no_grad()
+def _decode(model: nn.Module, prompt: Prompt, cache: Any) -> tuple[list[float], Any]:
+    """Read on one token at a time: seconds of each, and the cache."""
+    options, decode_seconds = _options(model), []
+    for ids_B in prompt.ids_BT[:, prompt.context :].unbind(1):
+        start = _now(ids_B.device)
+        cache = model(input_ids=ids_B[:, None], past_key_values=cache, **options).past_key_values
+        decode_seconds.append(_now(ids_B.device) - start)
+    return decode_seconds, cache
+
+
+def _options(model: nn.Module) -> dict[str, Any]:
     options: dict[str, Any] = {"use_cache": True}
     accepted = inspect.signature(model.forward).parameters
     if "logits_to_keep" in accepted or any(p.kind is p.VAR_KEYWORD for p in accepted.values()):
         options["logits_to_keep"] = 1
-    start = _now(ids_BT.device)
-    cache = model(input_ids=ids_BT[:, :context], **options).past_key_values
-    prefill_seconds = _now(ids_BT.device) - start
-    if cache is None:
-        raise TeacherError(f"{type(model).__name__} keeps no cache, so decoding cannot be measured")
-    decode_seconds = []
-    for position in range(context, ids_BT.shape[1]):
-        start = _now(ids_BT.device)
-        cache = model(input_ids=ids_BT[:, position : position + 1], past_key_values=cache, **options).past_key_values
-        decode_seconds.append(_now(ids_BT.device) - start)
-    return _Sample(prefill_seconds, decode_seconds, cache_bytes(cache))
+    return options
+
+
+def _measure_energy(model: nn.Module, prompt: Prompt, result: SpeedMeasurement, meter: energy.EnergyMeter) -> None:
+    """Joules a token, of prefills one after another until the counter can tell, and of decoding once."""
+    batch, tokens = prompt.ids_BT.shape
+    device = prompt.ids_BT.device
+    runs = 0
+
+    def prefills() -> None:
+        nonlocal runs
+        begun = _now(device)
+        while runs == 0 or _now(device) - begun < meter.shortest_seconds:
+            _prefill(model, prompt)
+            runs += 1
+
+    prefilled = energy.measure(meter, prefills, clock=lambda: _now(device))
+    _, cache = _prefill(model, prompt)
+    decoded = energy.measure(meter, lambda: _decode(model, prompt, cache), clock=lambda: _now(device))
+    if prefilled.joules is not None:
+        result.prefill_joules_per_token = prefilled.joules / (runs * batch * prompt.context)
+    if decoded.joules is not None:
+        result.decode_joules_per_token = decoded.joules / (batch * (tokens - prompt.context))
+    notes = [f"{what}: {one.note}" for what, one in (("prefill", prefilled), ("decode", decoded)) if one.note]
+    result.energy_method = "; ".join([meter.method, *notes])
 
 
 def _now(device: torch.device) -> float:
@@ -257,9 +299,13 @@ def _now(device: torch.device) -> float:
 def _summarise(result: SpeedMeasurement, samples: Sequence[_Sample]) -> None:
     if not samples:
         return
-    result.prefill_seconds = statistics.median(sample.prefill_seconds for sample in samples)
-    result.prefill_tokens_per_second = result.context / result.prefill_seconds
-    result.decode_seconds_per_token = statistics.median(statistics.fmean(sample.decode_seconds) for sample in samples)
+    prefills = [sample.prefill_seconds for sample in samples]
+    decodes = [statistics.fmean(sample.decode_seconds) for sample in samples]
+    result.prefill_seconds, result.prefill_seconds_range = statistics.median(prefills), (min(prefills), max(prefills))
+    result.prefill_tokens_per_second = result.batch * result.context / result.prefill_seconds
+    result.decode_seconds_per_token = statistics.median(decodes)
+    result.decode_seconds_per_token_range = min(decodes), max(decodes)
+    result.decode_tokens_per_second = result.batch / result.decode_seconds_per_token
     result.decode_worst_seconds = max(max(sample.decode_seconds) for sample in samples)
 
 

@@ -209,16 +209,29 @@ class LayerFacts(Facts):
 
 
 class SpeedMeasurement(Facts):
-    """One model at one context length, batch 1. `skipped` says why there is no number."""
+    """One model at one context length and batch. `skipped` says why there is no number."""
 
     context: int
+    batch: int = Field(default=1, description="Rows that are read and continued at once")
     prefill_seconds: Measured = Field(default=None, description="Median over the repeats")
-    prefill_tokens_per_second: Measured = None
-    decode_seconds_per_token: Measured = Field(default=None, description="Median over repeats of the mean per token")
+    prefill_seconds_range: tuple[Measured, Measured] | None = Field(default=None, description="Fastest, slowest repeat")
+    prefill_tokens_per_second: Measured = Field(default=None, description="Of all rows together")
+    decode_seconds_per_token: Measured = Field(
+        default=None, description="Median over repeats of the mean per token of a row"
+    )
+    decode_seconds_per_token_range: tuple[Measured, Measured] | None = Field(
+        default=None, description="Fastest, slowest repeat"
+    )
+    decode_tokens_per_second: Measured = Field(default=None, description="Of all rows together")
     decode_worst_seconds: Measured = Field(default=None, description="The slowest single token of all repeats")
     cache_bytes: int | None = Field(default=None, description="Tensors of the cache after the last token")
     peak_memory_bytes: int | None = Field(default=None, description="Highest use above the start; see memory_method")
+    prefill_peak_memory_bytes: int | None = Field(default=None, description="The same, of the prefill alone")
+    decode_peak_memory_bytes: int | None = Field(default=None, description="The same, of decoding, cache included")
     memory_method: str = ""
+    prefill_joules_per_token: Measured = None
+    decode_joules_per_token: Measured = None
+    energy_method: str = Field(default="", description="What reported the energy, or why there is no figure")
     skipped: str | None = None
 
 

@@ -69,7 +69,7 @@ def loss_curves(facts: ReportFacts) -> list[str]:
     kinds = list(dict.fromkeys(stage.kind for model in facts.models().values() for stage in model.stages))
     curves = {kind: _curves_of(facts, kind) for kind in kinds}
     return [
-        _svg(partial(_draw_losses, kind=kind, lines=lines), name=f"loss-{place}", height=2.3)
+        svg(partial(_draw_losses, kind=kind, lines=lines), name=f"loss-{place}", height=2.3)
         for place, (kind, lines) in enumerate(curves.items())
         if lines
     ]
@@ -84,7 +84,7 @@ def _draw_losses(figure: Figure, *, kind: str, lines: list[tuple[str, list[tuple
         drawn.add(model)
     axes.set_title(f"{kind} loss", loc="left")
     axes.set_xlabel("tokens")
-    axes.xaxis.set_major_formatter(_ticks(count))
+    axes.xaxis.set_major_formatter(ticks(count))
     axes.legend()
 
 
@@ -114,7 +114,7 @@ def layer_errors(facts: ReportFacts) -> list[str]:
     if not bars:
         return []
     indices = [layer.index for layer in facts.layers]
-    return [_svg(partial(_draw_layers, bars=bars, indices=indices), name="layers", height=2.6)]
+    return [svg(partial(_draw_layers, bars=bars, indices=indices), name="layers", height=2.6)]
 
 
 def _draw_layers(figure: Figure, *, bars: list[tuple[str, str, dict[int, float]]], indices: list[int]) -> None:
@@ -148,7 +148,7 @@ def quality_against_speed(facts: ReportFacts) -> list[str]:
         for name, model in facts.models().items()
         if (decode := seconds["teacher" if name in teachers else "student"]) and model.perplexity is not None
     }
-    return [_svg(partial(_draw_tradeoff, points=points, context=row.context), name="tradeoff", height=2.6)]
+    return [svg(partial(_draw_tradeoff, points=points, context=row.context), name="tradeoff", height=2.6)]
 
 
 def _draw_tradeoff(figure: Figure, *, points: dict[str, tuple[float, float]], context: int) -> None:
@@ -181,7 +181,7 @@ def cost_against_context(facts: ReportFacts) -> list[str]:
         ("peak memory above the start", "peak_memory_bytes", memory),
     ]
     return [
-        _svg(partial(_draw_cost, title=title, lines=lines, unit=unit), name=f"cost-{key}", height=2.2)
+        svg(partial(_draw_cost, title=title, lines=lines, unit=unit), name=f"cost-{key}", height=2.2)
         for title, key, unit in panels
         if (lines := _cost_lines(rows, key))
     ]
@@ -209,7 +209,7 @@ def _draw_cost(
     if high < 4 * low:
         axes.set_ylim(low / 2, high * 2)
     axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if high < 40 * low else (1.0,), numticks=6))
-    axes.yaxis.set_major_formatter(_ticks(unit))
+    axes.yaxis.set_major_formatter(ticks(unit))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.legend()
 
@@ -222,7 +222,7 @@ def _cost_lines(rows: Sequence[SpeedRow], field: str) -> dict[str, list[tuple[in
     return {name: line for name, line in lines.items() if line}
 
 
-def _ticks(unit: Callable[[float | None], str]) -> FuncFormatter:
+def ticks(unit: Callable[[float | None], str]) -> FuncFormatter:
     """Tick labels in a unit, without the noughts that only a table needs."""
 
     def label(value: float, _position: int | None) -> str:
@@ -232,8 +232,8 @@ def _ticks(unit: Callable[[float | None], str]) -> FuncFormatter:
     return FuncFormatter(label)
 
 
-def _svg(draw: Callable[[Figure], None], *, name: str, height: float) -> str:
-    """Draw, and turn the file into an element that can stand in a page beside others."""
+def svg(draw: Callable[[Figure], None], *, name: str, height: float) -> str:
+    """Draw, and turn the file into an element that can stand in a page beside others. `name` begins every id in it."""
     style: Any = {**STYLE, "svg.hashsalt": name}
     with rc_context(style):
         figure = Figure(figsize=(WIDTH_INCHES, height), layout="constrained")

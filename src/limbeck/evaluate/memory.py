@@ -6,7 +6,7 @@ import ctypes
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +21,14 @@ SAMPLING_SECONDS = 0.001
 
 @dataclass
 class MemoryWatch:
-    """The highest memory use above the start, known when the `with` block has ended, and how it was found."""
+    """The highest memory use above the start, known when the `with` block has ended, and how it was found.
+
+    lap(), within the block: the highest use since the last lap, above the block's start; None where it cannot be told.
+    """
 
     method: str
     peak_bytes: int | None = None
+    lap: Callable[[], int | None] = lambda: None
 
 
 def cache_bytes(cache: Any) -> int:
@@ -80,33 +84,51 @@ def _watch_cuda(device: torch.device) -> Iterator[MemoryWatch]:
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)
     start = torch.cuda.memory_allocated(device)
-    watch = MemoryWatch("CUDA allocator, above the start")
+    laps: list[int] = []
+
+    def lap() -> int:
+        torch.cuda.synchronize(device)
+        laps.append(torch.cuda.max_memory_allocated(device) - start)
+        torch.cuda.reset_peak_memory_stats(device)
+        return laps[-1]
+
+    watch = MemoryWatch("CUDA allocator, above the start", lap=lap)
     yield watch
-    torch.cuda.synchronize(device)
-    watch.peak_bytes = torch.cuda.max_memory_allocated(device) - start
+    lap()
+    watch.peak_bytes = max(laps)
 
 
 @contextmanager
 def _watch_resident() -> Iterator[MemoryWatch]:
     _give_free_pages_back()
     start = highest = _resident_bytes()
-    done = threading.Event()
+    laps: list[int] = []
+    done, lock = threading.Event(), threading.Lock()
 
     def sample() -> None:
         nonlocal highest
         while not done.wait(SAMPLING_SECONDS):
-            highest = max(highest, _resident_bytes())
+            with lock:
+                highest = max(highest, _resident_bytes())
+
+    def lap() -> int:
+        nonlocal highest
+        with lock:
+            now = _resident_bytes()
+            laps.append(max(highest, now) - start)
+            highest = now
+        return laps[-1]
 
     thread = threading.Thread(target=sample, daemon=True)
     thread.start()
-    watch = MemoryWatch("resident set, sampled every millisecond, above the start")
+    watch = MemoryWatch("resident set, sampled every millisecond, above the start", lap=lap)
     try:
         yield watch
     finally:
-        highest = max(highest, _resident_bytes())
+        lap()
         done.set()
         thread.join()
-    watch.peak_bytes = highest - start
+    watch.peak_bytes = max(laps)
 
 
 @contextmanager

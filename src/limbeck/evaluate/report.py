@@ -74,7 +74,7 @@ def render_markdown(facts: ReportFacts) -> str:
         lstrip_blocks=True,
         finalize=_escape_markdown,
     )
-    environment.filters.update(fence=_fence, table=_markdown_table)
+    environment.filters.update(fence=_fence, table=markdown_table)
     text = environment.get_template("report.md.j2").render(**_content(facts))
     return re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -138,7 +138,7 @@ def _escape_markdown(value: Any) -> Any:
     return MARKDOWN_SPECIAL.sub(r"\\\1", " ".join(str(value).split()))
 
 
-def _markdown_table(table: tables.Table) -> Markup:
+def markdown_table(table: tables.Table) -> Markup:
     """A pipe table with its notes under it; group headings go into the names of their columns."""
     groups = [heading for heading, span in table.groups for _ in range(span)] or [""] * len(table.columns)
     names = [f"{group}: {column}" if group else column for group, column in zip(groups, table.columns, strict=True)]

@@ -67,9 +67,7 @@ def score_robustness(
     judges = {
         name: _Judge(name, judged, batch_sequences=batch_sequences, device=device) for name, judged in models.items()
     }
-    chosen, left_out = _choose(documents, judges, max_bytes)
-    for judge in judges.values():
-        judge.fix_context(chosen, context_bytes)
+    chosen, left_out = _prepare(judges, documents, max_bytes, context_bytes)
     clean = {name: _facts([(judge.score(chosen), chosen)]) for name, judge in judges.items()}
     rows = [_row(judges, chosen, clean, name, level, seeds) for name in names for level in levels]
     return {
@@ -85,6 +83,34 @@ def score_robustness(
             "text": "the same documents for every model, whole; documents do not see each other",
             "standard_error": "of the text; seed_spread is the standard deviation over perturbation seeds",
         },
+    }  # fmt: skip
+
+
+def score_clean(
+    models: Mapping[str, JudgedModel],
+    documents: Iterable[str],
+    *,
+    max_bytes: int = 32_768,
+    context_bytes: int = 2048,
+    batch_sequences: int = 8,
+    device: str | torch.device = "cpu",
+) -> dict[str, Any]:
+    """The clean part of `score_robustness`: `models`, bits per byte and its standard error by name, on the very same bytes.
+
+    Beside it `documents`, `documents_left_out` and `bytes`. Raises: as `score_robustness`.
+    """
+    _check(models, [], LEVELS, [0], max_bytes, context_bytes)
+    judges = {
+        name: _Judge(name, judged, batch_sequences=batch_sequences, device=device) for name, judged in models.items()
+    }
+    chosen, left_out = _prepare(judges, documents, max_bytes, context_bytes)
+    found = {name: _facts([(judge.score(chosen), chosen)]) for name, judge in judges.items()}
+    return {
+        "models": {
+            name: {key: of[key] for key in ("bits_per_byte", "standard_error")} | {"context_tokens": judges[name].context_tokens}
+            for name, of in found.items()
+        },
+        "documents": len(chosen), "documents_left_out": left_out, "bytes": sum(len(text_to_bytes(text)) for text in chosen),
     }  # fmt: skip
 
 
@@ -181,6 +207,16 @@ def _check(
         raise DataError(
             f"max_bytes is {max_bytes} and context_bytes {context_bytes}: expected at least 1 byte of text and 2 of context."
         )
+
+
+def _prepare(
+    judges: Mapping[str, _Judge], documents: Iterable[str], max_bytes: int, context_bytes: int
+) -> tuple[list[str], int]:
+    """Choose the documents, and every model's window."""
+    chosen, left_out = _choose(documents, judges, max_bytes)
+    for judge in judges.values():
+        judge.fix_context(chosen, context_bytes)
+    return chosen, left_out
 
 
 def _choose(documents: Iterable[str], judges: Mapping[str, _Judge], max_bytes: int) -> tuple[list[str], int]:

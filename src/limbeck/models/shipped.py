@@ -6,6 +6,7 @@ Sharing wins bytes and loses operations for each of them, so both stand side by 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +18,8 @@ from limbeck.nn.trunk import Trunk
 
 # An 8-bit matrix carries one half-precision scale a row; vectors stay in half precision.
 _SCALE_BYTES = 2
+# What loading a model needs beside its weights: settings, tokenizer, chat template, code of its own.
+_BESIDE_WEIGHTS = (".json", ".model", ".txt", ".jinja", ".tiktoken", ".py")
 
 
 def model_costs(model: Any, *, context_tokens: int, bytes_per_token: float | None = None) -> dict[str, Any]:
@@ -46,6 +49,23 @@ def model_costs(model: Any, *, context_tokens: int, bytes_per_token: float | Non
             "int8": sum(_int8_bytes(parameter) for parameter in parameters),
         },
     }
+
+
+def folder_bytes(place: Path) -> int | None:
+    """What is shipped as it stands on the disk: weights and whatever else loading them needs.
+
+    place: a model folder, or one file that holds all (GGUF). Of weights that a folder holds in several formats only
+    safetensors count. None when it is neither.
+    """
+    if place.is_file():
+        return place.stat().st_size
+    if not (place / "config.json").is_file():
+        return None
+    files = [file for file in place.iterdir() if file.is_file() and not file.name.startswith(".")]
+    weights = [file for file in files if file.suffix == ".safetensors"] or [
+        file for file in files if file.suffix == ".bin"
+    ]
+    return sum(file.stat().st_size for file in [*weights, *(one for one in files if one.suffix in _BESIDE_WEIGHTS)])
 
 
 def tying_table(

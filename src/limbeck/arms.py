@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from limbeck import assembly
@@ -10,6 +11,7 @@ from limbeck.core.runtime import derive_seed
 from limbeck.models.flops import forward_flops_per_token
 from limbeck.recipe import Recipe
 from limbeck.recipe_stages import Stage, TuneStage
+from limbeck.train.metrics import PlannedStage
 
 EQUAL_FLOPS = "equal_flops"
 WITHOUT_TEACHER = frozenset({"from_scratch", "without_teacher", EQUAL_FLOPS})
@@ -56,6 +58,25 @@ def seeds(recipe: Recipe) -> list[int]:
     """The seeds under which the student and the compared control are trained, the recipe's own first."""
     further = range(1, recipe.controls.seeds if compared_control(recipe) else 1)
     return [recipe.seed, *(derive_seed(recipe.seed, "replica", number) % 2**32 for number in further)]
+
+
+def planned_stages(recipe: Recipe, folder: Path) -> list[PlannedStage]:
+    """Every stage of every arm in the order in which they are trained, and which are done already: for the display.
+
+    The tokens of `equal_flops` are a guess, the student's: they are known when the student is trained.
+    """
+    own = arm_stages(recipe)
+    control = compared_control(recipe)
+    tuned = [as_tune(recipe.stages, recipe.total_tokens, is_new=False)]
+    places = [(folder, own | ({EQUAL_FLOPS: tuned} if recipe.controls.equal_flops and control else {}))]
+    again = {name: stages for name, stages in own.items() if name in ("student", control)}
+    places += [(folder / "seeds" / str(number), again) for number in range(1, len(seeds(recipe)))]
+    return [
+        PlannedStage(name, stage.name, stage.steps * stage.batch_tokens, (place / "arms" / name / "done.json").exists())
+        for place, trained in places
+        for name, stages in trained.items()
+        for stage in stages
+    ]
 
 
 def equal_flops_stages(recipe: Recipe, student: Any, teacher: Any) -> list[Any]:

@@ -31,9 +31,11 @@ from limbeck.core.runtime import (
     wait_for_all,
 )
 from limbeck.data.order import Mixture
+from limbeck.places import STAGE_END
 from limbeck.recipe import Recipe, with_budget
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
 from limbeck.train.metrics import MetricsLog, Progress, choose_progress
+from limbeck.train.tracking import open_trackers
 from limbeck.train.trainer import StageResult, load_weights, train_stage, weights_of
 
 
@@ -60,7 +62,7 @@ class Run:
         if text not in self.notes:
             self.notes.append(text)
             if is_main():
-                print(text, flush=True)
+                self.progress.note(text)
 
 
 @dataclass(frozen=True)
@@ -92,13 +94,17 @@ def run(
         return read_json(folder / "report.json")
     device = pick_device(recipe.runtime.device)
     set_threads(recipe.runtime.threads)
-    with process_group(device), stop_on_signals() as stop:
+    tracked = open_trackers(recipe.runtime.tracking, folder, run=recipe.name, config=recipe.model_dump(mode="json"))
+    with process_group(device), stop_on_signals() as stop, tracked as trackers:
         work = open_run(recipe, folder, device, stop, show_progress=progress)
+        work.log.trackers = trackers
+        work.progress.plan(recipe.name, arms.planned_stages(recipe, folder))
         results: dict[str, ArmResult] = {}
         for arm in arms_of(work, results):
             results[arm.name] = train_arm(work, arm)
         differences = [judging.replica_difference(again, train_replica(again)) for again in replicas(work)]
         facts = judging.report(work, results, differences) if is_main() else {}
+        trackers.report(facts)
         wait_for_all()
         return facts
 
@@ -154,7 +160,7 @@ def replicas(work: Run) -> Iterator[Run]:
     for number, seed in enumerate(arms.seeds(work.recipe)[1:], start=1):
         recipe = work.recipe.model_copy(update={"seed": seed})
         folder = work.folder / "seeds" / str(number)
-        log = MetricsLog(folder / "metrics.jsonl" if is_main() else None)
+        log = MetricsLog(folder / "metrics.jsonl" if is_main() else None, work.log.trackers.under(f"seeds/{number}"))
         data = work.data.reseeded(derive_seed(seed, "data"))
         own_text = work.own_text.reseeded(derive_seed(seed, "data"))
         yield replace(work, recipe=recipe, folder=folder, data=data, log=log, own_text=own_text)
@@ -188,8 +194,10 @@ def train_arm(work: Run, arm: Arm) -> ArmResult:
             sample += results[-1].tokens // work.data.context_tokens
         if spec.kind == "align":
             model = students.keep_failed_layers(work, arm.name, model)
+        if work.recipe.runtime.keep_stages and is_main():
+            save_weights(folder / spec.name / STAGE_END, model)
     if is_main():
-        save_checkpoint(folder / "final", Checkpoint(0, {"model": dict(weights_of(model))}, {}), keep=1)
+        save_weights(folder / "final", model)
         mixers = list(getattr(model.config, "mixers", []))
         books = {
             "stages": [asdict(result) for result in results],
@@ -201,6 +209,12 @@ def train_arm(work: Run, arm: Arm) -> ArmResult:
             shutil.rmtree(finished)
     wait_for_all()
     return ArmResult(model.eval(), results, sum(result.seconds for result in results))
+
+
+def save_weights(folder: Path, model: Any) -> None:
+    """Keep a model as it is: its weights, and the mixers they fit."""
+    facts = {"mixers": list(getattr(model.config, "mixers", []))}
+    save_checkpoint(folder, Checkpoint(0, {"model": dict(weights_of(model))}, facts), keep=1)
 
 
 def read_arm(work: Run, arm: Arm, folder: Path) -> ArmResult:

@@ -148,12 +148,19 @@ class Runtime(Part):
         default=None, description="Tokens between checkpoints; null takes a tenth of the stage."
     )
     keep_checkpoints: Count = Field(default=2, description="Checkpoints kept for each stage while it runs.")
+    keep_stages: bool = Field(
+        default=False,
+        description="Keep every arm as it was after each of its stages, to be judged as RUN/arms/student/STAGE.",
+    )
     diagnoses: Annotated[int, Field(ge=0, le=1000), Whole] = Field(
         default=10,
         description="How often in a distil stage the terms of the loss are weighed against each other (a pass for each).",
     )
     gradient_checkpointing: bool = Field(
         default=False, description="Compute activations twice and store them once: less memory."
+    )
+    tracking: list[Literal["tensorboard", "wandb", "trackio"]] = Field(
+        default=[], description="Trackers that get the training's figures beside metrics.jsonl; see docs/tracking.md."
     )
 
 

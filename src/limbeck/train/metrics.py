@@ -1,21 +1,26 @@
-"""One JSON line per logged update, and progress a person can read."""
+"""One JSON line per logged update, and progress a person can read (on a terminal: `dashboard`)."""
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 import time
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
 from limbeck.core.files import explain_full_disk, write_atomic
+from limbeck.train.tracking import NO_TRACKERS, Trackers
 
 
 class MetricsLog:
-    """Appends JSON lines to a file. After a resume, lines past the resumed update are taken back."""
+    """Appends JSON lines to a file, and sends them to the trackers. After a resume, lines past the resumed update are taken
+    back (trackers keep them, and are not sent them twice)."""
 
-    def __init__(self, path: Path | None):
-        self.path = path
+    def __init__(self, path: Path | None, trackers: Trackers = NO_TRACKERS):
+        self.path, self.trackers = path, trackers
 
     def write(self, **facts: Any) -> None:
         """Append one line."""
@@ -25,6 +30,7 @@ class MetricsLog:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with open(self.path, "a", encoding="utf-8") as stream:
                 stream.write(json.dumps(facts) + "\n")
+        self.trackers.write(**facts)
 
     def rewind(self, *, arm: str, stage: str, step: int) -> None:
         """Drop this stage's lines after update `step`, and a last line that a kill cut short."""
@@ -46,30 +52,57 @@ class MetricsLog:
         return found
 
 
+@dataclass(frozen=True)
+class PlannedStage:
+    """A stage that a run will train, or has trained before it was stopped."""
+
+    arm: str
+    stage: str
+    tokens: int
+    is_finished: bool = False
+
+
 class Progress(Protocol):
-    """Whatever shows a stage's progress."""
+    """Whatever shows how far a run is."""
+
+    def plan(self, run: str, stages: Sequence[PlannedStage]) -> None:
+        """The run's name and all it will train, in order; what shows less need not be told."""
 
     def start(self, title: str, total: int, done: int) -> None:
-        """A stage of `total` tokens begins, `done` of them behind it."""
+        """A stage of `total` tokens begins, `done` of them behind it. A title is `arm · stage`, or other words."""
 
     def advance(self, tokens: int, note: str) -> None:
         """`tokens` more are done."""
+
+    def observe(self, **facts: Any) -> None:
+        """What the last update left: `terms` (name to value), `learning_rate`, `checkpoint_tokens`, `warnings`."""
+
+    def note(self, text: str) -> None:
+        """A line for the person, that a display in the way must make room for."""
 
     def finish(self) -> None:
         """The stage ended."""
 
 
 class SilentProgress:
-    """Shows nothing."""
+    """Shows nothing but notes."""
+
+    def plan(self, run: str, stages: Sequence[PlannedStage]) -> None: ...
 
     def start(self, title: str, total: int, done: int) -> None: ...
 
     def advance(self, tokens: int, note: str) -> None: ...
 
+    def observe(self, **facts: Any) -> None: ...
+
+    def note(self, text: str) -> None:
+        """Print it."""
+        print(text, flush=True)
+
     def finish(self) -> None: ...
 
 
-class PlainProgress:
+class PlainProgress(SilentProgress):
     """A line every few seconds: for logs and pipes."""
 
     def __init__(self, every_seconds: float = 10.0):
@@ -94,39 +127,14 @@ class PlainProgress:
             flush=True,
         )
 
-    def finish(self) -> None:
-        """Nothing to close."""
-
-
-class LiveProgress:
-    """A bar with ETA in a terminal (rich)."""
-
-    def __init__(self) -> None:
-        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description:<28}"), BarColumn(), TextColumn("{task.percentage:>3.0f}%"), TimeElapsedColumn(),
-            TextColumn("left"), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
-        )  # fmt: skip
-
-    def start(self, title: str, total: int, done: int) -> None:
-        """Show a new bar."""
-        self._bar.start()
-        self._task = self._bar.add_task(title, total=total, completed=done, note="")
-
-    def advance(self, tokens: int, note: str) -> None:
-        """Move the bar."""
-        self._bar.update(self._task, advance=tokens, note=note)
-
-    def finish(self) -> None:
-        """Leave the finished bar on the screen."""
-        self._bar.stop()
-
 
 def choose_progress(wanted: bool) -> Progress:
-    """A live bar on a terminal, plain lines elsewhere, nothing when it is not wanted."""
-    import sys
-
+    """A live display on a terminal, plain lines where one of the two streams is none, nothing when it is not wanted."""
     if not wanted:
         return SilentProgress()
-    return LiveProgress() if sys.stderr.isatty() and os.environ.get("TERM") != "dumb" else PlainProgress()
+    is_terminal = sys.stdout.isatty() and sys.stderr.isatty()
+    if not is_terminal or os.environ.get("TERM", "").lower() in ("dumb", "unknown"):
+        return PlainProgress()
+    from limbeck.train.dashboard import Dashboard
+
+    return Dashboard()

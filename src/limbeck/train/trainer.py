@@ -118,13 +118,17 @@ def train_stage(
     stage = _Stage(lesson, data, settings, folder=folder, log=log, arm=arm, seed=seed, device=device)
     stage.resume()
     progress.start(f"{arm} · {settings.name}", stage.steps * settings.batch_tokens, stage.step * settings.batch_tokens)
+    if stage.step:
+        progress.observe(checkpoint_tokens=stage.step * settings.batch_tokens)
     try:
         with dropout_put_back(lesson.student):
             while stage.step < stage.steps:
                 loss = stage.update(first_sample)
+                progress.observe(terms=stage.last_terms, learning_rate=stage.learning_rate, warnings=stage.warnings)
                 progress.advance(settings.batch_tokens, f"loss {loss:.3f}")
                 if stage.is_checkpoint_due() or stage.step == stage.steps or stop.exit_code is not None:
                     stage.save()
+                    progress.observe(checkpoint_tokens=stage.step * settings.batch_tokens)
                 if stop.exit_code is not None and stage.step < stage.steps:
                     raise SystemExit(stop.exit_code)
     finally:
@@ -152,7 +156,7 @@ class _Stage:
             context_tokens=data.context_tokens,
         )  # fmt: skip
         self.steps = settings.steps
-        self.step, self.seconds = 0, 0.0
+        self.step, self.seconds, self.learning_rate = 0, 0.0, 0.0
         self.last_terms: dict[str, float] = {}
         self.warnings: list[str] = []
         self.diagnoses: list[dict[str, float]] = []
@@ -224,6 +228,7 @@ class _Stage:
         )  # fmt: skip
         decay_scale = weight_decay_scale(self.step, self.steps, schedule=settings.decay_schedule)
         self.optimizer.step(scale=scale, decay_scale=decay_scale)
+        self.learning_rate = scale * settings.learning_rate
         is_logged = self._is_logged(200)
         self.step += 1
         self.lesson.end_update(self.step)
@@ -237,7 +242,7 @@ class _Stage:
                 "step": self.step,
                 "tokens": self.step * settings.batch_tokens,
             }
-            self.log.write(**facts, gradient_norm=norm, **means, **diagnosis)
+            self.log.write(**facts, gradient_norm=norm, learning_rate=self.learning_rate, **means, **diagnosis)
         return means["loss"]
 
     def _set_dropout(self) -> None:

@@ -116,8 +116,25 @@ def gate(mixers: dict[str, Attention | Hyena]) -> None:
     print("gate passed: step by step equals all at once, for every mixer")
 
 
-def decode_microseconds(mixer: Attention | Hyena, *, context: int) -> dict[str, float]:
-    """Median, mean and worst time of single tokens after a context.
+def decode_microseconds(
+    mixers: dict[str, Attention | Hyena], *, context: int, blocks: int
+) -> dict[str, dict[str, Any]]:
+    """Each mixer's single tokens after a context, in blocks and in turn: median of the blocks' medians, mean, worst."""
+    taken: dict[str, list[dict[str, float]]] = {name: [] for name in mixers}
+    for _ in range(blocks):
+        for name, mixer in mixers.items():
+            taken[name].append(decode_block(mixer, context=context))
+    return {
+        name: {
+            "median": statistics.median(block["median"] for block in own), "mean": statistics.fmean(block["mean"] for block in own),
+            "worst": max(block["worst"] for block in own), "tokens": own[0]["tokens"], "blocks": [block["median"] for block in own],
+        }
+        for name, own in taken.items()
+    }  # fmt: skip
+
+
+def decode_block(mixer: Attention | Hyena, *, context: int) -> dict[str, float]:
+    """Median, mean and worst time of single tokens after a context, in microseconds.
 
     Hyena runs as many tokens as the context has, so that the rare dear steps of the exact long convolution are among
     them; attention, whose steps are alike, runs 64.
@@ -140,15 +157,16 @@ def decode_microseconds(mixer: Attention | Hyena, *, context: int) -> dict[str, 
     }
 
 
-def prefill_milliseconds(mixer: Attention | Hyena, *, length: int, repeats: int) -> float:
-    """Best time of the whole layer over a text."""
+def prefill_milliseconds(mixers: dict[str, Attention | Hyena], *, length: int, blocks: int) -> dict[str, list[float]]:
+    """Times of the whole layer over a text, in turn; the first of each warms up and is left out."""
     hidden_BTD = torch.randn(1, length, WIDTH)
-    taken = []
-    for _ in range(repeats + 1):
-        begun = time.process_time_ns()
-        mixer.prefill(hidden_BTD)
-        taken.append((time.process_time_ns() - begun) / 1e6)
-    return min(taken[1:])
+    taken: dict[str, list[float]] = {name: [] for name in mixers}
+    for _ in range(blocks + 1):
+        for name, mixer in mixers.items():
+            begun = time.process_time_ns()
+            mixer.prefill(hidden_BTD)
+            taken[name].append((time.process_time_ns() - begun) / 1e6)
+    return {name: own[1:] for name, own in taken.items()}
 
 
 def show(title: str, times: dict[str, dict[int, float]]) -> None:
@@ -175,7 +193,7 @@ def main(arguments: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m benchmarks mixers", description=__doc__)
     parser.add_argument("--contexts", type=int, nargs="+", default=[512, 2048, 8192])
     parser.add_argument("--prefill", type=int, nargs="+", default=[512, 1024, 2048, 4096, 8192, 16384])
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--blocks", type=int, default=3, help="times that everything is measured")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", help="keep the figures in this file")
     chosen = parser.parse_args(arguments)
@@ -187,20 +205,18 @@ def main(arguments: list[str]) -> None:
     mixers |= {name: Hyena(options) for name, options in STUDENTS.items()}
     with torch.no_grad():
         gate(mixers)
-        decode = {
-            name: {context: decode_microseconds(mixer, context=context) for context in chosen.contexts}
-            for name, mixer in mixers.items()
-        }
-        prefill = {
-            name: {n: prefill_milliseconds(mixer, length=n, repeats=chosen.repeats) for n in chosen.prefill}
-            for name, mixer in mixers.items()
-            if not isinstance(mixer, StaticAttention)
-        }
+        by_context = {n: decode_microseconds(mixers, context=n, blocks=chosen.blocks) for n in chosen.contexts}
+        reading = {name: mixer for name, mixer in mixers.items() if not isinstance(mixer, StaticAttention)}
+        by_length = {n: prefill_milliseconds(reading, length=n, blocks=chosen.blocks) for n in chosen.prefill}
+    decode = {name: {n: row[name] for n, row in by_context.items()} for name in mixers}
+    blocks = {name: {n: row[name] for n, row in by_length.items()} for name in reading}
+    prefill = {name: {n: statistics.median(own) for n, own in row.items()} for name, row in blocks.items()}
     for figure in ("median", "mean", "worst"):
-        by_length = {name: {n: cell[figure] for n, cell in row.items()} for name, row in decode.items()}
-        show(f"decode, us a token, {figure}, by context", by_length)
+        times = {name: {n: cell[figure] for n, cell in row.items()} for name, row in decode.items()}
+        show(f"decode, us a token, {figure}, by context", times)
     show("prefill, ms, by length", prefill)
-    keep(chosen.json, {"decode_microseconds": decode, "prefill_milliseconds": prefill, "width": WIDTH, "heads": HEADS})
+    results = {"decode_microseconds": decode, "prefill_milliseconds": prefill, "prefill_blocks": blocks}
+    keep(chosen.json, {**results, "width": WIDTH, "heads": HEADS})
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.testing import assert_close
 
-from benchmarks._kept import keep
+from benchmarks._kept import keep, spread_of, told
 from limbeck.core.types import DenseTargets
 from limbeck.evaluate.memory import watch_memory
 from limbeck.objectives.chunked import logit_terms
@@ -114,17 +114,17 @@ def gate(chosen: argparse.Namespace, vocabulary: int) -> None:
     print(f"gate passed: vocabulary {vocabulary:,}: loss {float(results[0][0]):.5f} and gradients are equal")
 
 
-def measure_speed(chosen: argparse.Namespace, vocabulary: int) -> dict[str, float]:
-    """Tokens a second of each, median of steps taken in turn."""
+def measure_speed(chosen: argparse.Namespace, vocabulary: int) -> dict[str, list[float]]:
+    """Tokens a second of each in every step, steps taken in turn; the first of each warms up and is left out."""
     trainees = {name: Trainee(name, chosen, vocabulary=vocabulary) for name in LOSSES}
     ids_BT = some_ids(chosen, vocabulary)
-    taken: dict[str, list[float]] = {name: [] for name in LOSSES}
+    speeds: dict[str, list[float]] = {name: [] for name in LOSSES}
     for repeat in range(chosen.repeats + 1):
         for name, trainee in trainees.items():
             seconds = trainee.seconds(ids_BT)
             if repeat:
-                taken[name].append(seconds)
-    return {name: ids_BT.numel() / statistics.median(seconds) for name, seconds in taken.items()}
+                speeds[name].append(ids_BT.numel() / seconds)
+    return speeds
 
 
 def measure_memory(chosen: argparse.Namespace, vocabulary: int, name: str) -> int:
@@ -173,10 +173,14 @@ def main(arguments: list[str]) -> None:
         speeds = measure_speed(chosen, vocabulary)
         peaks = {name: measure_memory(chosen, vocabulary, name) for name in LOSSES}
         for name in LOSSES:
-            print(f"{vocabulary:>12,}{name:>10}{speeds[name]:>12,.0f}{peaks[name] / 1e6:>10,.0f}")
-        faster, smaller = (ratios["limbeck"] / ratios["by hand"] for ratios in (speeds, peaks))
-        print(f"{'':>22}{f'x{faster:.2f}':>12}{f'x{smaller:.2f}':>10}")
-        results[str(vocabulary)] = {"tokens_per_second": speeds, "peak_bytes": peaks}
+            print(f"{vocabulary:>12,}{name:>10}{statistics.median(speeds[name]):>12,.0f}{peaks[name] / 1e6:>10,.0f}")
+        faster = spread_of([own / other for own, other in zip(speeds["limbeck"], speeds["by hand"], strict=True)])
+        smaller = spread_of([peaks["limbeck"] / peaks["by hand"]])
+        print(f"{'':>22}speed {told(faster)}, memory x{smaller['median']:.2f}")
+        results[str(vocabulary)] = {
+            "tokens_per_second": {name: spread_of(own) for name, own in speeds.items()}, "peak_bytes": peaks,
+            "ratios": {"speed": faster, "memory": smaller},
+        }  # fmt: skip
     keep(chosen.json, results)
 
 

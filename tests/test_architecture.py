@@ -11,7 +11,18 @@ PACKAGE = Path(__file__).parents[1] / "src" / "limbeck"
 
 # A room may import itself and anything in a lower row; rooms in one row do not see each other.
 LAYERS = [
-    {"cli", "cli_judge", "cli_store", "console"},
+    {
+        "cli",
+        "cli_costs",
+        "cli_judge",
+        "cli_paper",
+        "cli_share",
+        "cli_store",
+        "cli_tasks",
+        "cli_reference",
+        "console",
+        "explain",
+    },
     {
         "pipeline",
         "judging",
@@ -24,6 +35,12 @@ LAYERS = [
         "assembly",
         "new_models",
         "evaluation",
+        "examining",
+        "costing",
+        "paper_tables",
+        "places",
+        "publishing",
+        "publishing_words",
         "writing",
         "planning",
         "preflight",

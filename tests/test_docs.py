@@ -1,69 +1,80 @@
-"""What the documents say is true: recipes validate, Python compiles, commands exist, links lead somewhere.
+"""What the documents say is true: recipes validate, Python compiles, commands exist, links lead somewhere, tables are those of the code.
 
-A YAML block without a name is a piece of a recipe: it must fit into a small one.
+Quick; that the blocks can be carried out is shown by test_pages.py.
 """
 
 import ast
 import json
 import re
 import shlex
+import subprocess
+import sys
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
+from tests.docs_runner import LANGUAGES, Reader, read_blocks
 from typer.main import get_command
 
 from limbeck.cli import app
-from limbeck.recipe_io import parse_recipe
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
-BLOCK = re.compile(r"^```(\w+)\n(.*?)^```", re.MULTILINE | re.DOTALL)
-SMALL_RECIPE = {
-    "name": "name: piece",
-    "teacher": "teacher: {source: embedded}",
-    "data": "data: {train: [factbook], heldout: [factbook], context_tokens: 128}",
-    "stages": "stages: [{kind: distil, tokens: 1024, batch_tokens: 1024, learning_rate: 1e-3}]",
-}
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+BLOCKS = [
+    pytest.param(block, id=f"{page.relative_to(ROOT)}:{block.line}") for page in PAGES for block in read_blocks(page)
+]
 
 
-def blocks(kind):
-    return [
-        pytest.param(text, id=f"{page.name}-{number}")
-        for page in PAGES
-        for number, (found, text) in enumerate(BLOCK.findall(page.read_text(encoding="utf-8")))
-        if found == kind
-    ]
+def blocks(*languages):
+    return [one for one in BLOCKS if one.values[0].language in languages]
 
 
-@pytest.mark.parametrize("text", blocks("yaml"))
-def test_recipes_validate(text):
-    given = re.findall(r"^(\w+):", text, re.MULTILINE)
-    missing = [] if "name" in given else [line for key, line in SMALL_RECIPE.items() if key not in given]
-    assert parse_recipe("\n".join([text, *missing]), name="recipe.yaml").name
+@pytest.mark.parametrize("block", blocks("yaml", "json"))
+def test_data_are_what_they_should_be(block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Reader(lambda path: False).follow(block)
 
 
-@pytest.mark.parametrize("text", blocks("python"))
-def test_python_compiles(text):
-    compile(text, "block", "exec")
+@pytest.mark.parametrize("block", blocks("python"))
+def test_python_compiles(block):
+    compile(block.text, "block", "exec")
 
 
-@pytest.mark.parametrize("text", blocks("sh"))
-def test_commands_exist(text):
-    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
-    for line in text.splitlines():
+@pytest.mark.parametrize("block", BLOCKS)
+def test_languages_are_known_to_the_runner(block):
+    assert block.language in (*LANGUAGES, "text"), "sh, python, yaml and json are run; what is to be read only is text"
+
+
+@pytest.mark.parametrize("block", blocks("sh"))
+def test_commands_exist(block):
+    for line in re.sub(r"\\\n\s*", " ", block.text).splitlines():
         words = shlex.split(line, comments=True)
-        if words[:1] == ["limbeck"]:
-            command = get_command(app)
-            for word in words[1:]:
-                if not hasattr(command, "commands"):
-                    break
-                assert word in command.commands, line
-                command = command.commands[word]
-            options = {name for parameter in command.params for name in parameter.opts}
-            assert all(word.split("=")[0] in options for word in words if word.startswith("--")), line
-        elif words[:1] == ["make"]:
-            assert f"\n{words[1]}:" in makefile, line
+        if words[:1] != ["limbeck"]:
+            continue
+        command = get_command(app)
+        for word in words[1:]:
+            if not hasattr(command, "commands"):
+                break
+            assert word in command.commands, line
+            command = command.commands[word]
+        options = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert all(word.split("=")[0] in options for word in words if word.startswith("--")), line
+
+
+@pytest.mark.slow
+def test_the_site_builds_without_a_warning_and_needs_no_network(tmp_path):
+    pytest.importorskip("furo")
+    command = [sys.executable, "-m", "sphinx", "-W", "-n", "--keep-going", "-q", "-E", "-d", tmp_path / "trees"]
+    done = subprocess.run([*command, "docs", tmp_path / "site"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    fetched = re.compile(
+        r"<(?:script|img|iframe)[^>]*src=.(?:https?:)?//|<link[^>]*href=.(?:https?:)?//|url\(.?https?:"
+    )
+    for file in (tmp_path / "site").rglob("*.html"):
+        assert not fetched.search(file.read_text(encoding="utf-8")), file
+    for page in PAGES:
+        if page.is_relative_to(ROOT / "docs"):
+            assert (tmp_path / "site" / page.relative_to(ROOT / "docs").with_suffix(".html")).exists()
 
 
 def anchors(page):

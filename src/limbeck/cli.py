@@ -11,9 +11,14 @@ from typing import Annotated, Any
 
 import typer
 
+from limbeck.cli_costs import efficiency
 from limbeck.cli_judge import robustness
+from limbeck.cli_paper import paper
+from limbeck.cli_share import push
 from limbeck.cli_store import capture, store_app
+from limbeck.cli_tasks import BatchSize, KeepTasks, Limit, Suite, TaskCache, TaskData, Tasks, show_suite, wants_suite
 from limbeck.console import Commands, quiet_stdout, say, show, show_facts
+from limbeck.explain import explain
 
 app = typer.Typer(
     cls=Commands,
@@ -25,6 +30,10 @@ app = typer.Typer(
 )
 app.command()(capture)
 app.command()(robustness)
+app.command()(paper)
+app.command()(push)
+app.command()(efficiency)
+app.command()(explain)
 app.add_typer(store_app, name="store")
 
 
@@ -166,9 +175,21 @@ def evaluate(
     context: Context = None,
     stride: Stride = None,
     max_tokens: MaxTokens = None,
+    suite: Suite = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    cache: TaskCache = None,
+    keep_tasks: KeepTasks = None,
     as_json: Json = False,
 ) -> None:
-    """Score a model on text: perplexity and bits per byte, with the protocol."""
+    """Score a model on text: perplexity and bits per byte, with the protocol, or on a suite of tasks."""
+    scoring = {"--text": texts, "--context": context, "--stride": stride, "--max-tokens": max_tokens}
+    asking = {"tasks": tasks, "data": task_data, "limit": limit, "cache": cache, "keep_tasks": keep_tasks}
+    if wants_suite(suite, scoring=scoring, asking=asking):
+        show_suite([place], suite, batch_size=batch_size, as_json=as_json, **asking)
+        return
     from limbeck import evaluation
 
     with quiet_stdout(when=as_json):
@@ -185,11 +206,23 @@ def compare(
     context: Context = None,
     stride: Stride = None,
     max_tokens: MaxTokens = None,
+    suite: Suite = None,
+    tasks: Tasks = None,
+    task_data: TaskData = None,
+    limit: Limit = None,
+    batch_size: BatchSize = 8,
+    cache: TaskCache = None,
+    keep_tasks: KeepTasks = None,
     as_json: Json = False,
 ) -> None:
-    """Score several models on the same text, the first run's unless --text is given."""
+    """Score several models on the same text, the first run's unless --text is given, or on a suite of tasks."""
     if len(places) < 2:
         raise typer.BadParameter("give two places or more", param_hint="PLACE")
+    scoring = {"--text": texts, "--context": context, "--stride": stride, "--max-tokens": max_tokens}
+    asking = {"tasks": tasks, "data": task_data, "limit": limit, "cache": cache, "keep_tasks": keep_tasks}
+    if wants_suite(suite, scoring=scoring, asking=asking):
+        show_suite(places, suite, batch_size=batch_size, as_json=as_json, **asking)
+        return
     from limbeck import evaluation
 
     with quiet_stdout(when=as_json):
@@ -219,7 +252,7 @@ def generate(
     seed: Annotated[int, typer.Option(min=0, help="Seed of the draw.")] = 0,
     as_json: Json = False,
 ) -> None:
-    """Continue a text with a run's student, as it is written."""
+    """Continue a text with a run's student, as it is written; the text itself is not repeated."""
     from limbeck import writing
 
     pieces = []

@@ -30,10 +30,11 @@ html_theme = "furo"
 html_title = f"Limbeck {version}"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
+html_favicon = "_static/icon.svg"
 html_copy_source = False
 html_show_sphinx = False
 html_theme_options = {"navigation_with_keys": True}
-pygments_style = "tango"
+pygments_style = "default"  # every colour has a contrast of 4.5 or more on its ground
 pygments_dark_style = "monokai"
 copybutton_exclude = ".linenos, .gp, .go"
 
@@ -58,6 +59,11 @@ ELSEWHERE = {
     for page in (ROOT / "src/limbeck/explanations").glob("*.md")
 }
 PAGE_OF = {(ROOT / file).resolve(): page for page, file in ELSEWHERE.items()}
+# The terminal shows the same pages, and has no links.
+AFTER_ERRORS = """
+Next: [all codes](../../../docs/errors/index.md), [messages word by word](../../../docs/troubleshooting.md),
+[every key of a recipe](../../../docs/recipe.md), [every command](../../../docs/cli.md).
+"""
 LINK = re.compile(r"(?<!!)\[([^\]\n]*)\]\(([^)#\s]*)(#[^)\s]*)?\)")
 FENCE = re.compile(r"(^ *```.*?^ *```[ ]*$)", re.MULTILINE | re.DOTALL)
 
@@ -66,6 +72,7 @@ def place_text(app, name, source):
     """Put the text of a page that lives elsewhere in its place, and lead its links to pages of the site."""
     file = ROOT / ELSEWHERE[name] if name in ELSEWHERE else Path(app.env.doc2path(name))
     text = file.read_text(encoding="utf-8") if name in ELSEWHERE else source[0]
+    text += AFTER_ERRORS if name in ELSEWHERE and name.startswith("errors/") else ""
     here = ROOT / "docs" / Path(name).parent
     parts = FENCE.split(text)
     parts[::2] = [LINK.sub(lambda link: _link(link, file.parent, here), part) for part in parts[::2]]

@@ -135,10 +135,10 @@ def _show_end(report: dict[str, Any], folder: Path) -> None:
     """The last lines of a run: what came out, where it is written, and what to type next."""
     verdict = report["verdict"]
     show()
-    show(verdict["headline"])
+    show(verdict["headline"], at_words=True)
     for mark, key in (("+", "gained"), ("-", "lost"), ("!", "warnings")):
         for line in verdict[key]:
-            show(f"{mark} {line}")
+            show(f"{mark} {line}", at_words=True)
     prompt = next((sample["prompt"] for sample in report["student"]["samples"]), "Once upon a time")
     show()
     show(f"report: {folder / 'report.html'}")

@@ -92,9 +92,11 @@ def say(text: str) -> None:
     _console(stderr=True).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
 
 
-def show(text: str = "") -> None:
-    """A line of result, on stdout."""
-    _console().print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+def show(text: str = "", *, at_words: bool = False) -> None:
+    """A line of result, on stdout. `at_words`: a terminal breaks it between words; elsewhere it stays one line."""
+    console = _console()
+    whole = not (at_words and console.is_terminal)
+    console.print(text, markup=False, emoji=False, highlight=False, soft_wrap=whole)
 
 
 def print_markdown(text: str) -> None:

@@ -235,7 +235,7 @@ def _stage_problems(recipe: Recipe) -> Problems:
             )
         elif stage.micro_batch_sequences is not None and stage.micro_batch_sequences > sequences:
             problems[f"{place}.micro_batch_sequences"] = (
-                f"{stage.micro_batch_sequences} exceeds the {sequences} windows of a step"
+                f"{stage.micro_batch_sequences} exceeds the {sequences} windows of a step. Set at most {sequences}"
             )
         problems |= curriculum_problems(recipe, index)
     return problems

@@ -148,3 +148,12 @@ def test_the_difference_of_two_groups():
 def test_accuracy_by_depth():
     rows = [{"depth": 0.0}, {"depth": 1.0}, {"depth": 0.0}, {"depth": 1.0}]
     assert by_place(rows, RIGHT[:3], "depth") == {"0.0": 1.0, "1.0": 0.0}
+
+
+def test_an_average_of_small_tasks_is_a_tie():
+    right, wrong = [{"acc": 1.0}] * 2, [{"acc": 0.0}] * 2
+    found = mean_difference([paired(right, wrong, "acc")] * 3)
+    assert (found.value, found.verdict, found.items) == (1.0, "tie", 6)
+    large = paired([{"acc": 1.0}] * 8, [{"acc": 0.0}] * 8, "acc")
+    assert mean_difference([large] * 3).verdict == "win"
+    assert mean_difference([large, large, paired(right, wrong, "acc")]).verdict == "tie"

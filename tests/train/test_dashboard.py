@@ -122,6 +122,8 @@ def test_notes_stand_in_the_scrollback_and_in_the_display():
     board.note("layer 3 keeps its attention")
     assert board.frame().plain.splitlines()[-1] == "layer 3 keeps its attention"
     assert "layer 3 keeps its attention" in board.console.export_text()
+    board.start("student · tune", 1000, 0)
+    assert "attention" not in board.frame().plain, "a note of an earlier stage says nothing about this one"
     board.finish()
 
 

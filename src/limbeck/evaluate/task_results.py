@@ -82,6 +82,7 @@ class Difference:
     value: float
     standard_error: float | None
     verdict: str
+    items: int
 
 
 def paired(first: Sequence[Item], other: Sequence[Item], metric: str) -> Difference:
@@ -99,7 +100,7 @@ def paired(first: Sequence[Item], other: Sequence[Item], metric: str) -> Differe
     amounts = [reading.amount(mine) - reading.amount(others) for mine, others in zip(first, other, strict=True)]
     value, error = _ratio(amounts, shares)
     gain = value * reading.better
-    return Difference(value, error, _verdict(gain, error) if len(amounts) >= LEAST_ITEMS else "tie")
+    return Difference(value, error, _verdict(gain, error, len(amounts)), len(amounts))
 
 
 def compare_items(first: Sequence[Item], other: Sequence[Item], metrics: Iterable[str]) -> dict[str, Difference]:
@@ -108,14 +109,19 @@ def compare_items(first: Sequence[Item], other: Sequence[Item], metrics: Iterabl
 
 
 def mean_difference(differences: Sequence[Difference]) -> Difference:
-    """The difference of two macro averages over tasks with items of their own; for accuracies, where more is better."""
+    """The difference of two macro averages over tasks with items of their own; for accuracies, where more is better.
+
+    Its verdict is a tie where any of the tasks has too few items: the average is no surer than what it is made of.
+    """
     value = statistics.fmean(one.value for one in differences)
     error = _mean_error([one.standard_error for one in differences])
-    return Difference(value, error, _verdict(value, error))
+    return Difference(
+        value, error, _verdict(value, error, min(one.items for one in differences)), sum(one.items for one in differences)
+    )  # fmt: skip
 
 
-def _verdict(gain: float, error: float | None) -> str:
-    if error is None or abs(gain) <= WIN_STANDARD_ERRORS * error:
+def _verdict(gain: float, error: float | None, items: int) -> str:
+    if error is None or items < LEAST_ITEMS or abs(gain) <= WIN_STANDARD_ERRORS * error:
         return "tie"
     return "win" if gain > 0 else "lose"
 

@@ -169,7 +169,7 @@ class Dashboard:
     def start(self, title: str, total: int, done: int) -> None:
         """Show a stage."""
         self.finish()
-        self._shown = self._new(title, total, done)
+        self._shown, self.last_note = self._new(title, total, done), ""
         arm, _, stage = title.partition(" · ")
         self.forecast.enter(arm, stage, total)
         self._live = Live(
@@ -195,7 +195,7 @@ class Dashboard:
         self._shown.facts |= facts
 
     def note(self, text: str) -> None:
-        """Print a line above the display, and keep it in sight."""
+        """Print a line above the display, and keep it in sight until the stage ends."""
         self.last_note, self._note_style = text, "dim"
         self._print(text)
 

@@ -28,13 +28,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Turn a transformer into a small, fast model, and prove what was gained. Begin with: limbeck demo",
 )
-app.command()(capture)
-app.command()(robustness)
-app.command()(paper)
-app.command()(push)
-app.command()(efficiency)
-app.command()(explain)
-app.add_typer(store_app, name="store")
 
 
 def _budget(text: str) -> float:
@@ -334,6 +327,12 @@ def _open(path: Path) -> None:
 
     if not webbrowser.open(path.resolve().as_uri()):
         say(f"no browser could be opened; the report is {path}")
+
+
+# Those of other files come after the daily ones.
+for _command in (robustness, efficiency, paper, push, capture, explain):
+    app.command()(_command)
+app.add_typer(store_app, name="store")
 
 
 def _terminate(_number: int, _frame: object) -> None:

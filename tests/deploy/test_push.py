@@ -3,7 +3,7 @@
 import json
 import shutil
 
-import httpx
+import httpx2 as httpx
 import pytest
 from huggingface_hub import ModelCard
 from huggingface_hub.errors import HfHubHTTPError, LocalTokenNotFoundError, OfflineModeIsEnabled

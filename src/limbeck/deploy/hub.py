@@ -95,6 +95,10 @@ def _refuse_other_content(api: Any, upload: Upload, repo_id: str) -> None:
     )
 
 
+# What the hub's client has used for its connections, of late httpx2.
+_NETWORK_PACKAGES = ("httpx2", "httpcore2", "httpx", "httpcore", "requests", "urllib3", "hf_xet")
+
+
 @contextmanager
 def explain_hub(repo_id: str) -> Iterator[None]:
     """Turn what the hub's client raises into what the person can do."""
@@ -119,7 +123,7 @@ def explain_hub(repo_id: str) -> Iterator[None]:
     except (OSError, RuntimeError) as error:
         raise PublishError(_cut_off(repo_id, error)) from error
     except Exception as error:
-        if type(error).__module__.split(".")[0] not in ("httpx", "httpcore", "requests", "urllib3", "hf_xet"):
+        if type(error).__module__.split(".")[0] not in _NETWORK_PACKAGES:
             raise
         raise PublishError(_cut_off(repo_id, error)) from error
 

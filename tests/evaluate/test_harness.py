@@ -282,3 +282,22 @@ def test_students_are_asked_as_any_model_of_transformers(kind, tasks, place, tmp
     for task in ("rolling", "choice"):
         found = evaluate_task(ours, task, folder=tasks).metrics
         assert found == {key.removesuffix(",none"): theirs[task][key] for key in (f"{name},none" for name in found)}
+
+
+def test_long_windows_are_read_fewer_at_a_time(lm, tasks, monkeypatch):
+    rows = []
+    inner = type(lm)._model_call
+
+    def counted(self, inputs, *args, **options):
+        rows.append(len(inputs))
+        return inner(self, inputs, *args, **options)
+
+    monkeypatch.setattr(type(lm), "_model_call", counted)
+    whole = evaluate_task(lm, "rolling", folder=tasks)
+    assert max(rows) == 2
+    rows.clear()
+    monkeypatch.setattr(harness, "MOST_LOGIT_BYTES", 1)
+    again = evaluate_task(lm, "rolling", folder=tasks)
+    assert set(rows) == {1}
+    assert lm.batch_size == 2
+    assert again.metrics == pytest.approx(whole.metrics, rel=1e-5)

@@ -31,6 +31,7 @@ from limbeck.evaluate.scoring import ratio_standard_error
 LOWEST_VERSION = (0, 4, 11)
 FIRST_UNKNOWN_VERSION = (0, 6)
 TRIED_VERSION = "0.4.13"
+MOST_LOGIT_BYTES = 2**31
 _INSTALL = 'pip install "limbeck[eval]"'
 _ENDS_OF_WEIGHTED = ("weighted_perplexity", "bits_per_byte")
 
@@ -318,6 +319,15 @@ def _token_class() -> Any:
             first = 0 if inplen is None or contlen is None else inplen - contlen
             check_answer(selected_TV, lambda: self.tokenizer.decode(self._read_BT[self._row, :inplen]), first=first)
             return selected_TV
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            """Windows are as long as the model's context: fewer at a time where the logits of a batch would be too large."""
+            asked = self.batch_size_per_gpu
+            self.batch_size_per_gpu = min(asked, max(1, MOST_LOGIT_BYTES // (4 * self.max_length * self.vocab_size)))
+            try:
+                return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)
+            finally:
+                self.batch_size_per_gpu = asked
 
         def _model_generate(self, context: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
             kwargs["logits_processor"] = refuse_spoiled(self.tokenizer.decode)

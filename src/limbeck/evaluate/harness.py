@@ -322,7 +322,7 @@ def _token_class() -> Any:
 
         def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
             """Windows are as long as the model's context: fewer at a time where the logits of a batch would be too large."""
-            asked = self.batch_size_per_gpu
+            asked: int = self.batch_size  # wrap_model takes whole numbers only
             self.batch_size_per_gpu = min(asked, max(1, MOST_LOGIT_BYTES // (4 * self.max_length * self.vocab_size)))
             try:
                 return super().loglikelihood_rolling(requests, disable_tqdm=disable_tqdm)

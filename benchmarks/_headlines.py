@@ -40,19 +40,19 @@ class Headline:
             return f"not run: {self.note}"
         return f"x{self.ratio:.2f}" + (f" ({self.low:.2f} to {self.high:.2f})" if self.has_range else "")
 
-    def agrees_with(self, other: Headline, *, margin: float = 0.05) -> bool:
+    def agrees_with(self, other: Headline, *, margin: float = 0.05, single_margin: float = 0.10) -> bool:
         """Whether two measurements are the same within what they say of themselves.
 
-        True when one median lies in the other's range. Where one of them has no range, they may differ by `margin` of the ratio
-        (but a median inside the other's range is enough).
+        True when one median lies in the other's range, or the medians differ by no more than `margin` of the ratio, which is never
+        called a difference; by `single_margin` where one of them is a single figure (peak memory of one process differs by some
+        per cent from the next).
         """
         if self.ratio is None or other.ratio is None:
             return self.ratio is other.ratio
         if self._holds(other.ratio) or other._holds(self.ratio):
             return True
-        if self.has_range and other.has_range:
-            return False
-        return abs(self.ratio - other.ratio) <= margin * abs(self.ratio)
+        allowed = margin if self.has_range and other.has_range else single_margin
+        return abs(self.ratio - other.ratio) <= allowed * abs(self.ratio)
 
     def _holds(self, ratio: float) -> bool:
         return self.low is not None and self.high is not None and self.low <= ratio <= self.high

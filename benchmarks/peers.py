@@ -137,24 +137,28 @@ def take_turns(names: list[str], folder: Path, chosen: argparse.Namespace, packa
     return {name: {**ends[name], "blocks": blocks[name][1:]} for name in names}
 
 
-def figures_of(runs: list[dict[str, Any]], peaks: dict[str, int | None], job: Job) -> dict[str, Any]:
-    """Tokens a second of every block (by the median step in it) and Limbeck's ratios to the others, block by block."""
+def figures_of(runs: list[dict[str, Any]], peaks: dict[str, list[int]], job: Job) -> dict[str, Any]:
+    """Tokens a second of every block (by the median step in it) and Limbeck's ratios to the others, block by block.
+
+    peaks: bytes of every process that was watched; empty where the device does not tell.
+    """
     speeds: dict[str, dict[str, list[float]]] = {}
     for name in runs[0]:
         speeds[name] = {
             clock: [job.step_tokens / statistics.median(block[clock]) for run in runs for block in run[name]["blocks"]]
             for clock in ("wall", "cpu")
         }
-    found: dict[str, Any] = {"tokens_per_second": {}, "tokens_per_cpu_second": {}, "peak_bytes": peaks, "ratios": {}}
+    found: dict[str, Any] = {"tokens_per_second": {}, "tokens_per_cpu_second": {}, "peak_bytes": {}, "ratios": {}}
     for name, own in speeds.items():
         found["tokens_per_second"][name] = spread_of(own["wall"])
         found["tokens_per_cpu_second"][name] = spread_of(own["cpu"])
+        found["peak_bytes"][name] = spread_of(peaks[name]) if peaks[name] else None
         if name != OWN:
             speed = [mine / other for mine, other in zip(speeds[OWN]["wall"], own["wall"], strict=True)]
             found["ratios"][name] = {"speed": spread_of(speed)}
-            mine, other = peaks[OWN], peaks[name]
-            if mine is not None and other:
-                found["ratios"][name]["memory"] = spread_of([mine / other])
+            if peaks[OWN] and peaks[name]:
+                smaller = [mine / other for mine, other in zip(peaks[OWN], peaks[name], strict=True)]
+                found["ratios"][name]["memory"] = spread_of(smaller)
     found["heldout_kl"] = {name: [run[name]["heldout_kl"] for run in runs] for name in runs[0]}
     return found
 
@@ -169,10 +173,12 @@ def measure(vocabulary: int, chosen: argparse.Namespace, packages: Path | None, 
         folder = Path(scratch)
         prepare(folder, job, documents=chosen.documents)
         names = [name for name in chosen.contenders if packages is not None or not name.startswith("trl")]
-        watched = watch_first_steps(names, folder, chosen, packages)
-        gate(watched, what=f"vocabulary {vocabulary:,}, three steps")
-        running = [name for name in names if "not_run" not in watched[name]]
-        peaks = {name: watched[name]["peak_bytes"] for name in running}
+        watches = [watch_first_steps(names, folder, chosen, packages) for _ in range(chosen.memory_runs)]
+        for watched in watches:
+            gate(watched, what=f"vocabulary {vocabulary:,}, three steps")
+        watched = watches[0]
+        running = [name for name in names if not any("not_run" in of[name] for of in watches)]
+        peaks = {name: [of[name]["peak_bytes"] for of in watches if of[name]["peak_bytes"]] for name in running}
         runs = []
         for number in range(chosen.runs):
             runs.append(take_turns(running, folder, chosen, packages))
@@ -191,14 +197,10 @@ def show(vocabulary: int, found: dict[str, Any]) -> None:
     )
     for name, speed in found["tokens_per_second"].items():
         peak = found["peak_bytes"][name]
-        line = f"{name:<24}{speed['median']:>10,.0f}{'?' if peak is None else format(peak / 1e6, ',.0f'):>10}"
+        line = f"{name:<24}{speed['median']:>10,.0f}{'?' if peak is None else format(peak['median'] / 1e6, ',.0f'):>10}"
         line += f"{found['heldout_kl'][name][-1]:>13.5f}"
         ratios = found["ratios"].get(name, {})
-        print(
-            line
-            + "   "
-            + ", ".join(told(ratio) if key == "speed" else f"x{ratio['median']:.2f}" for key, ratio in ratios.items())
-        )
+        print(line + "   " + ", ".join(told(ratio) for ratio in ratios.values()))
     for name, reason in found["not_run"].items():
         print(f"{name:<24}not run here: {reason}")
 
@@ -216,6 +218,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("--block", type=int, default=3, help="steps in a block")
     parser.add_argument("--blocks", type=int, default=3, help="blocks in a run, besides the first, which warms up")
     parser.add_argument("--runs", type=int, default=2, help="times that all processes are started anew")
+    parser.add_argument("--memory-runs", type=int, default=3, help="processes of each whose memory is watched")
     parser.add_argument("--teacher-steps", type=int, default=10, help="updates that make the teacher more than noise")
     parser.add_argument("--documents", type=int, help="use only so many countries of the factbook (default: all)")
     parser.add_argument("--contenders", nargs="+", choices=list(CONTENDERS), default=list(CONTENDERS))
@@ -235,7 +238,19 @@ def main(arguments: list[str]) -> None:
             packages = private_folder(f"trl-{TRL}", [f"trl=={TRL}"], root=chosen.packages or packages_root())
         except NotInstalled as error:
             missing = f"trl {TRL} could not be installed: {error}"
-    words = ("rows", "context", "width", "layers", "block", "blocks", "runs", "teacher_steps", "device", "threads")
+    words = (
+        "rows",
+        "context",
+        "width",
+        "layers",
+        "block",
+        "blocks",
+        "runs",
+        "memory_runs",
+        "teacher_steps",
+        "device",
+        "threads",
+    )
     results: dict[str, Any] = {word: getattr(chosen, word) for word in words} | {"trl": TRL, "sizes": {}}
     for vocabulary in chosen.vocabularies:
         results["sizes"][str(vocabulary)] = found = measure(vocabulary, chosen, packages, missing)

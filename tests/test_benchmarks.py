@@ -105,9 +105,9 @@ def test_turns_become_ratios_block_by_block():
             "by hand": {"blocks": [{"wall": [s] * 3, "cpu": [s]} for s in other], "heldout_kl": 1.0},
         }
 
-    found = peers.figures_of([run([1, 2], [2, 6]), run([1], [1])], {"limbeck": 30, "by hand": 60}, TINY)
+    found = peers.figures_of([run([1, 2], [2, 6]), run([1], [1])], {"limbeck": [30, 20], "by hand": [60, 80]}, TINY)
     assert found["ratios"]["by hand"]["speed"] == {"median": 2.0, "low": 1.0, "high": 3.0, "blocks": [2.0, 3.0, 1.0]}
-    assert found["ratios"]["by hand"]["memory"]["median"] == 0.5
+    assert found["ratios"]["by hand"]["memory"] == {"median": 0.375, "low": 0.25, "high": 0.5, "blocks": [0.5, 0.25]}
     assert found["tokens_per_second"]["limbeck"]["blocks"] == [24.0, 12.0, 24.0]
     assert "limbeck" not in found["ratios"]
 
@@ -119,7 +119,7 @@ def test_peers_from_end_to_end(tmp_path, capsys):
     kept = json.loads((tmp_path / "peers-cpu.json").read_text(encoding="utf-8"))
     (found,) = kept["results"]["sizes"].values()
     assert found["heldout_kl"]["limbeck"] == pytest.approx(found["heldout_kl"]["by hand"], rel=1e-3)
-    assert found["peak_bytes"]["limbeck"] > 0
+    assert found["peak_bytes"]["limbeck"]["median"] > 0
     assert kept["circumstances"]["command"].startswith("python -m benchmarks peers --vocabularies 512")
     file = str(tmp_path / "peers-cpu.json")
     with pytest.raises(SystemExit) as ended:
@@ -233,7 +233,9 @@ def test_spreads():
         ((2.0, 1.8, 2.2), (2.3, 2.25, 2.4), False),
         ((2.0, 1.9, 2.6), (2.5, 2.4, 2.7), True),
         ((2.0, None, None), (2.05, None, None), True),
-        ((2.0, None, None), (2.2, None, None), False),
+        ((2.0, 1.99, 2.01), (2.08, 2.07, 2.09), True),
+        ((2.0, None, None), (2.15, None, None), True),
+        ((2.0, None, None), (2.3, None, None), False),
         ((2.0, None, None), (2.4, 1.9, 2.6), True),
         ((None, None, None), (None, None, None), True),
         ((2.0, None, None), (None, None, None), False),

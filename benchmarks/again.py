@@ -3,7 +3,8 @@
     python -m benchmarks again step_overhead
     python -m benchmarks again --compare OLD.json NEW.json
 
-Two ratios agree when the median of one lies in the range of the other, or they differ by no more than 5 %; single figures may differ by 10 %. The range is that
+Two ratios agree when the median of one lies in the range of the other, or they differ by no more than 5 %; single figures may
+differ by 10 %. The range is that
 over blocks (and over fresh processes, where a benchmark starts them), so it is what one machine does within minutes:
 another machine may well differ, and is told apart here.
 """

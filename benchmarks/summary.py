@@ -107,7 +107,9 @@ def chart(all_kept: Sequence[Kept]) -> str:
         axes.axvline(1.0, color="black", linewidth=0.8)
         axes.set_xscale("log")
         lowest, highest = axes.get_xlim()
-        ticks = [tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100) if lowest <= tick <= highest]
+        ticks = [
+            tick for tick in (0.1, 0.2, 0.3, 0.5, 0.7, 1, 1.5, 2, 3, 5, 7, 10, 20, 50, 100) if lowest <= tick <= highest
+        ]
         axes.set_xticks(ticks, [f"x{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_yticks(range(len(shown)), [one.what for one in reversed(shown)])

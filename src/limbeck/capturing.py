@@ -8,7 +8,7 @@ from typing import Any
 
 from limbeck import assembly, reading
 from limbeck.core.errors import RecipeError, StoreError
-from limbeck.core.runtime import StopRequest, derive_seed, is_main, pick_device, set_threads, wait_for_all
+from limbeck.core.runtime import StopRequest, derive_seed, highest, is_main, pick_device, set_threads, wait_for_all
 from limbeck.core.symbols import SYMBOLS
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
@@ -112,8 +112,9 @@ def _capture_live(
             )
     finally:
         show.finish()
-    if stop.exit_code is not None and not facts["finished"]:
-        raise SystemExit(stop.exit_code)
+    exit_code = highest(stop.exit_code or 0)
+    if exit_code and not facts["finished"]:
+        raise SystemExit(exit_code)
     if is_main():
         tokenizer.save_pretrained(folder / reading.TOKENIZER_FOLDER)
     return facts

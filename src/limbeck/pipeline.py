@@ -22,6 +22,7 @@ from limbeck import arms, assembly, capturing, judging, lessons, reading, studen
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import (
     StopRequest,
+    agreed,
     derive_seed,
     is_main,
     pick_device,
@@ -179,7 +180,7 @@ def train_arm(work: Run, arm: Arm) -> ArmResult:
     """Take one arm through its stages, or read it back when that was done before."""
     folder = work.folder / "arms" / arm.name
     done = folder / "done.json"
-    if done.exists():
+    if agreed(done.exists()):
         return read_arm(work, arm, folder)
     begun = time.monotonic()
     model = arm.build().to(work.device)

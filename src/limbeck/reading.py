@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,7 @@ def _kept_tokenizer(folder: Path, make: Callable[[], Any]) -> Any:
         make().save_pretrained(draft)
         with contextlib.suppress(OSError):  # another process was first
             draft.rename(folder)
+        shutil.rmtree(draft, ignore_errors=True)
     return AutoTokenizer.from_pretrained(folder)
 
 

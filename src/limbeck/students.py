@@ -15,7 +15,7 @@ from limbeck.core.runtime import derive_seed, is_main, seed_everything, wait_for
 from limbeck.models.hybrid import HybridForCausalLM, build_student
 from limbeck.models.initialise import LayerFit, calibrate, capture, copy_projections, normalised_error, stack_documents
 from limbeck.models.surgery import find_attention
-from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, newest_for_all, save_checkpoint
 from limbeck.train.trainer import load_weights, weights_of
 
 if TYPE_CHECKING:
@@ -40,7 +40,7 @@ def initial_student(work: Run) -> Any:
         seed = derive_seed(work.recipe.seed, "student")
         return new_models.scratch_model(work.recipe, work.tokenizer, work.data, seed=seed).to(work.device)
     folder = work.folder / "arms" / "student" / "initial"
-    saved = newest_checkpoint(folder)
+    saved = newest_for_all(folder)
     if words.shrink is not None:
         return _shrunk_student(work, folder, saved)
     if saved is not None:

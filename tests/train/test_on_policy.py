@@ -603,7 +603,7 @@ def _train_as(number, address, folder, queue):
     for name in ("adaptive", "minillm"):
         whole, _ = trained(Path(folder) / f"{name}-whole", name)
         with pytest.raises(SystemExit):
-            trained(Path(folder) / f"{name}-parts", name, stop=StopAt(5))
+            trained(Path(folder) / f"{name}-parts", name, stop=StopAt(5 + number))
         continued, _ = trained(Path(folder) / f"{name}-parts", name)
         for part, lesson in (("whole", whole), ("parts", continued)):
             state = dict(lesson.student.named_parameters()) | lesson.state_tensors()

@@ -10,7 +10,7 @@ import signal
 import threading
 import traceback
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -128,6 +128,29 @@ def wait_for_all() -> None:
     """Wait until every process of the run is here."""
     if world_size() > 1 and torch.distributed.is_initialized():
         torch.distributed.barrier()
+
+
+def agreed(value: int) -> int:
+    """The first process's value, on every process. All must call it.
+
+    What a process finds on the disk decides which way it goes, and another may write there between two looks: whoever
+    comes late would take another way, and all would wait for each other for ever. Hence one looks and all follow.
+    """
+    return _together(value, lambda box: torch.distributed.broadcast(box, src=0))
+
+
+def highest(value: int) -> int:
+    """The highest value of any process, on every process. All must call it."""
+    return _together(value, lambda box: torch.distributed.all_reduce(box, op=torch.distributed.ReduceOp.MAX))
+
+
+def _together(value: int, exchange: Callable[[torch.Tensor], object]) -> int:
+    if world_size() == 1 or not torch.distributed.is_initialized():
+        return value
+    device = "cuda" if torch.distributed.get_backend() == "nccl" else "cpu"
+    box = torch.tensor([value], device=device)
+    exchange(box)
+    return int(box)
 
 
 class StopRequest:

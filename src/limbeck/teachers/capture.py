@@ -121,6 +121,7 @@ def capture(
                 break
             counts["captured_tokens"] += plan.tokens
     seconds = time.monotonic() - begun
+    stopped = bool(runtime.highest(stopped))
     if not stopped and counts["shards"]:
         runtime.wait_for_all()
         if runtime.is_main():

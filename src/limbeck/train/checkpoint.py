@@ -21,6 +21,7 @@ from torch import Tensor
 
 from limbeck.core.errors import CheckpointError
 from limbeck.core.files import explain_full_disk, read_json, sha256_file, sync_folder, write_json
+from limbeck.core.runtime import agreed, rank
 
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -95,6 +96,23 @@ def newest_checkpoint(folder: Path) -> Checkpoint | None:
             f"all checkpoints in {folder} are damaged. Remove that folder to train the stage anew (other stages are kept)."
         )
     return None
+
+
+def newest_for_all(folder: Path) -> Checkpoint | None:
+    """The newest intact checkpoint that the run's first process sees, on every process. All must call it.
+
+    Raises: CheckpointError as `newest_checkpoint` does, and on a process that does not see what the first one sees.
+    """
+    found = newest_checkpoint(folder)
+    step = agreed(-1 if found is None else found.step)
+    if step < 0:
+        return None
+    if found is None or found.step != step:
+        raise CheckpointError(
+            f"process {rank()} does not see step {step} in {folder}, from where process 0 goes on. "
+            "All processes of a run need the same run folder: put it on storage that their machines share."
+        )
+    return found
 
 
 def load_checkpoint(path: Path) -> Checkpoint:

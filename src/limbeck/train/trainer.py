@@ -19,10 +19,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from limbeck.core.errors import RecipeError, TrainingError
-from limbeck.core.runtime import StopRequest, derive_seed, is_main, rank, seed_everything, wait_for_all, world_size
+from limbeck.core.runtime import (
+    StopRequest,
+    derive_seed,
+    highest,
+    is_main,
+    rank,
+    seed_everything,
+    wait_for_all,
+    world_size,
+)
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
-from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
+from limbeck.train.checkpoint import Checkpoint, newest_for_all, save_checkpoint
 from limbeck.train.curriculum import Curriculum, check_curricula, eased
 from limbeck.train.diagnostics import warnings_of
 from limbeck.train.lesson import Lesson
@@ -126,11 +135,12 @@ def train_stage(
                 loss = stage.update(first_sample)
                 progress.observe(terms=stage.last_terms, learning_rate=stage.learning_rate, warnings=stage.warnings)
                 progress.advance(settings.batch_tokens, f"loss {loss:.3f}")
-                if stage.is_checkpoint_due() or stage.step == stage.steps or stop.exit_code is not None:
+                exit_code = highest(stop.exit_code or 0)  # a signal reaches the processes at different steps
+                if stage.is_checkpoint_due() or stage.step == stage.steps or exit_code:
                     stage.save()
                     progress.observe(checkpoint_tokens=stage.step * settings.batch_tokens)
-                if stop.exit_code is not None and stage.step < stage.steps:
-                    raise SystemExit(stop.exit_code)
+                if exit_code and stage.step < stage.steps:
+                    raise SystemExit(exit_code)
     finally:
         progress.finish()
     stage.use_average()
@@ -178,7 +188,7 @@ class _Stage:
 
     def resume(self) -> None:
         """Go to the newest intact checkpoint, if any."""
-        checkpoint = newest_checkpoint(self.folder)
+        checkpoint = newest_for_all(self.folder)
         if checkpoint is None:
             if is_main():
                 self.log.rewind(arm=self.arm, stage=self.settings.name, step=0)

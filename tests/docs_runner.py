@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from ruamel.yaml import YAML
+from tests.own_pieces import fresh_process
 from typer.testing import CliRunner
 
 from limbeck.cli import app
@@ -151,15 +152,18 @@ class Reader:
 
     def _limbeck(self, words: list[str], target: str | None) -> None:
         words = words[: words.index("|")] if "|" in words else words
-        for before, word in zip(["", *words], words, strict=False):
-            if before in MADE or (before == "--store" and words[0] == "capture"):
+        start = next((2 * n for n, word in enumerate(words[::2]) if word != "--plugin"), 0)
+        command = words[start]
+        for before, word in zip(["", *words[start:]], words[start:], strict=False):
+            if before in MADE or (before == "--store" and command == "capture"):
                 continue
             if before == "--task-data":
                 word = f"{word}/tasks-of-the-suite"
             self._provide(word.partition("=")[2].strip("[]") if "=" in word and not word.startswith("-") else word)
-        if words[:1] == ["push"] and "--dry-run" not in words:
+        if command == "push" and "--dry-run" not in words:
             words = [*words, "--dry-run"]  # everything but the sending
-        done = CliRunner().invoke(app, words)
+        with fresh_process():
+            done = CliRunner().invoke(app, words)
         assert done.exit_code == 0, f"limbeck {shlex.join(words)}\n{done.stderr[-3000:]}\n{done.exception!r}"
         self.output = done.stdout
         if target:

@@ -44,6 +44,7 @@ LAYERS = [
         "writing",
         "planning",
         "preflight",
+        "plugins",
         "teaching_costs",
         "doctor",
     },

@@ -9,6 +9,7 @@ import shutil
 import pytest
 from tests import docs_stand_ins, tiny
 from tests.docs_runner import LANGUAGES, ROOT, Reader, read_blocks
+from tests.own_pieces import fresh_process
 from tests.teachers.fake_server import TEMPLATE, FakeServer
 
 from limbeck.recipe_io import dump_recipe
@@ -77,7 +78,7 @@ def stock(tmp_path_factory):
 
 @pytest.fixture
 def page_folder(stock, tmp_path, monkeypatch):
-    with FakeServer(stock.tokenizer).running() as server:
+    with FakeServer(stock.tokenizer).running() as server, fresh_process():
         docs_stand_ins.install(
             monkeypatch, cache=tmp_path / "hub", text=stock.text, url=server.url, model=stock.models["usual"]
         )

@@ -103,6 +103,8 @@ ARCHITECTURES = {
     "trunk: 3": "trunk: expected a mapping",
     "trunk: {width: abc}": "trunk.width: expected a whole number, got 'abc'",
     "trunk: {layers: 2.5}": "trunk.layers: expected a whole number, got 2.5",
+    "trunk: {hyena: modal}": "trunk.hyena: expected a mapping (key: value), got 'modal'",
+    "trunk: {mixer_options: {mine: 3}}": "trunk.mixer_options: expected a mapping",
     "trunk: {qk_norm: maybe}": "trunk.qk_norm: expected true or false, got 'maybe'",
     "trunk: {loop: abc}": "trunk.loop: expected a list, got 'abc'",
     "logit_softcap: abc": "architecture.logit_softcap: expected a number, got 'abc'",

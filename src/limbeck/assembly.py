@@ -19,6 +19,7 @@ from limbeck.data.order import Mixture
 from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.surgery import find_attention, head_shape
 from limbeck.models.teacher import LoadedTeacher
+from limbeck.plugins import plugin_files
 from limbeck.recipe import Recipe
 from limbeck.recipe_agreement import reads_teachers_trie
 from limbeck.recipe_io import dump_recipe
@@ -49,6 +50,8 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
         endpoint = (content["teacher"] or {}).get(kind) or {}
         for name in _PASSING_ENDPOINT & endpoint.keys():
             del endpoint[name]
+    plugins = plugin_files()
+    content |= {"plugins": plugins} if plugins else {}
     marker = folder / "recipe.json"
     if marker.exists():
         before = read_json(marker)
@@ -57,9 +60,11 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
             _take(folder, recipe, content)
         elif before != content:
             changed = ", ".join(sorted(_differences(before, content)))
+            advice = "Choose another folder with --run-folder, or remove this one to start anew."
+            if before.get("plugins", {}) != plugins:
+                advice = f"`plugins` are your own files: give the same ones, unchanged, with --plugin. {advice}"
             raise CheckpointError(
-                f"{folder} holds a run of another recipe (different: {changed}). Nothing was touched. "
-                "Choose another folder with --run-folder, or remove this one to start anew."
+                f"{folder} holds a run of another recipe (different: {changed}). Nothing was touched. {advice}"
             )
         return
     if is_main():

@@ -70,12 +70,21 @@ def _print_version(wanted: bool) -> None:
 
 @app.callback()
 def _common(
+    plugins: Annotated[
+        list[Path] | None,
+        typer.Option("--plugin", metavar="FILE", help="A Python file of your own that adds pieces; may be repeated."),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show where a fault happened.")] = False,
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
     """Options of every command."""
+    if plugins:
+        from limbeck.plugins import load_plugin
+
+        for file in plugins:
+            load_plugin(file)
 
 
 @app.command()
@@ -126,7 +135,10 @@ def _run(
 
 def _show_end(report: dict[str, Any], folder: Path) -> None:
     """The last lines of a run: what came out, where it is written, and what to type next."""
+    from limbeck.plugins import plugin_words
+
     verdict = report["verdict"]
+    limbeck = " ".join(map(shlex.quote, ["limbeck", *plugin_words()]))
     show()
     show(verdict["headline"], at_words=True)
     for mark, key in (("+", "gained"), ("-", "lost"), ("!", "warnings")):
@@ -135,7 +147,7 @@ def _show_end(report: dict[str, Any], folder: Path) -> None:
     prompt = next((sample["prompt"] for sample in report["student"]["samples"]), "Once upon a time")
     show()
     show(f"report: {folder / 'report.html'}")
-    show(f"next:   limbeck generate {shlex.quote(str(folder))} {shlex.quote(prompt)}")
+    show(f"next:   {limbeck} generate {shlex.quote(str(folder))} {shlex.quote(prompt)}")
 
 
 @app.command()

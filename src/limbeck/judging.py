@@ -46,6 +46,7 @@ from limbeck.evaluate.report import write_report
 from limbeck.evaluate.worth import teacher_worth
 from limbeck.models.generation import continue_text
 from limbeck.models.teacher import quietly
+from limbeck.plugins import plugin_files
 from limbeck.recipe import Recipe
 from limbeck.recipe_io import dump_recipe
 
@@ -309,7 +310,7 @@ def run_facts(work: Run, results: dict[str, ArmResult]) -> RunFacts:
 
 
 def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
-    """Processor, memory, device and the kernels in use."""
+    """Processor, memory, device, the kernels in use, and the SHA-256 of files that add pieces."""
     import os
 
     from limbeck.nn.kernels import active_kernels
@@ -320,6 +321,7 @@ def machine_facts(device: torch.device) -> dict[str, str | int | float | None]:
         "system": platform.system(), "processor": processor_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
         "memory_gigabytes": None if pages is None else round(pages / 1e9, 1), "device": name, "python": platform.python_version(),
     }  # fmt: skip
+    facts |= {f"plug-in {name}": checksum for name, checksum in plugin_files().items()}
     return facts | {f"kernel {kind}": kernel for kind, kernel in active_kernels().items()}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -81,11 +81,18 @@ def _check_types(settings: type, words: Mapping[str, Any], where: str) -> None:
         try:
             TypeAdapter(hint).validate_python(value, strict=True)
         except ValidationError as error:
-            expected = next((text for kind, text in _KINDS.items() if kind in (hint, *get_args(hint))), "a list")
+            kinds = (get_origin(hint), hint, *get_args(hint))
+            expected = next((text for kind, text in _KINDS.items() if kind in kinds), "a list")
             raise RecipeError(f"{where}.{name}: expected {expected}, got {words[name]!r}.") from error
 
 
-_KINDS = {bool: "true or false", int: "a whole number", float: "a number", str: "a name"}
+_KINDS = {
+    Mapping: "a mapping (key: value)",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "a name",
+}
 
 
 def scratch_model(recipe: Recipe, tokenizer: Any, data: Mixture, *, seed: int) -> Any:

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field
 
-from limbeck.recipe_values import Count, Part, Problems, Share
+from limbeck.recipe_values import Count, Part, Problems, Share, shipped_or_added
 
 ObjectiveName = Literal[
     "cross_entropy", "forward_kl", "reverse_kl", "symmetric_kl", "jensen_shannon", "skewed_forward_kl",
@@ -77,7 +77,9 @@ Layers = Annotated[
 class Objective(Part):
     """One term of the loss."""
 
-    objective: ObjectiveName = Field(description="Its name; docs/objectives.md explains each.")
+    objective: Annotated[str, shipped_or_added("objective", ObjectiveName)] = Field(
+        description="Its name; docs/objectives.md explains each."
+    )
     weight: Weight = Field(default=1.0, description="Its weight, or a ramp {start, end, shape} over the stage.")
     temperature: Annotated[float, Field(gt=0, le=100)] = Field(
         default=1.0, description="Softens both distributions; divergences are multiplied by its square."

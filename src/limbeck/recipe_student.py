@@ -7,7 +7,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from limbeck.recipe_values import Count, KeepAttention, NonEmpty, Part, RecipeProblems, Share, Whole
+from limbeck.recipe_values import Count, KeepAttention, NonEmpty, Part, RecipeProblems, Share, Whole, shipped_or_added
+
+FilterName = Literal["implicit", "explicit", "modal"]
 
 
 class Hyena(Part):
@@ -23,7 +25,7 @@ class Hyena(Part):
     short_conv: Annotated[int, Field(ge=1, le=128), Whole] = Field(
         default=3, description="Taps of the short causal convolution on every projection (arXiv:2302.10866 uses 3)."
     )
-    filter: Literal["implicit", "explicit", "modal"] = Field(
+    filter: Annotated[str, shipped_or_added("filter", FilterName)] = Field(
         default="modal",
         description="How the long filter is written: implicit (a sine network over positions, arXiv:2302.10866), "
         "explicit (one number a tap), modal (a sum of damped oscillations, which decodes in constant memory).",

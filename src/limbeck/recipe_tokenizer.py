@@ -7,7 +7,7 @@ from typing import Annotated
 
 from pydantic import Field, model_validator
 
-from limbeck.recipe_values import NonEmpty, Part, Problems, Whole, refuse_problems
+from limbeck.recipe_values import ADDED, NonEmpty, Part, Problems, Whole, refuse_problems
 
 TEACHER_BORDERS = "teacher"
 TRAINED_BORDERS = "trained"
@@ -45,10 +45,10 @@ class Tokenizer(Part):
             for name in ("patch_bytes", "bytes_per_patch"):
                 if getattr(self, name) != Tokenizer.model_fields[name].default:
                     problems[name] = "it belongs to a student that reads bytes. Give segmenter too, or remove it"
-        elif not _SEGMENTERS.fullmatch(self.segmenter):
+        elif not _SEGMENTERS.fullmatch(self.segmenter) and self.segmenter.partition(":")[0] not in ADDED["segmenter"]:
             problems["segmenter"] = (
                 f'"{self.segmenter[:80]}" is no rule. Use space, fixed:4, ngram_entropy, teacher, trained, or bpe: and a '
-                "hub id or folder"
+                "hub id or folder, or name the file that adds it: limbeck --plugin FILE.py (in Python: import it first)"
             )
         elif self.source is not None:
             problems["source"] = f"bytes have no tokenizer. To cut at its borders write segmenter: bpe:{self.source}"

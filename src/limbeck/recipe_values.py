@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import re
+import typing
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
+from limbeck.core.errors import unknown_piece
+
 Problems = dict[str, str]
 """What cannot work, by the dotted path of the key it is about."""
+
+ADDED: dict[str, set[str]] = {"objective": set(), "filter": set(), "segmenter": set(), "mixer": set()}
+"""Names that files of the user's own have added to the shipped ones (see `plugins.py`), by family."""
 
 _SAFE_NAME = r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 _DEVICE = r"auto|cpu|mps|cuda(:\d{1,3})?"
@@ -64,6 +70,20 @@ def _keep_attention(value: Any) -> Any:
         "expected a number of layers (0 or more), a share between 0 and 1 (such as 0.25), "
         f"or a list of layer indices (such as [3, 11]); got {value!r}"
     )
+
+
+def shipped_or_added(family: str, shipped: Any) -> BeforeValidator:
+    """In an annotation of str: one of the names of a Literal, which the JSON schema shows, or of those added since."""
+
+    def known(value: Any) -> Any:
+        names = (*typing.get_args(shipped), *ADDED[family])
+        if not isinstance(value, str):
+            raise ValueError(f"expected one of {', '.join(names)}, got {str(value)[:80]}")
+        if value not in names:
+            raise ValueError(unknown_piece(family, value[:80], names))
+        return value
+
+    return BeforeValidator(known, json_schema_input_type=shipped)
 
 
 def bare_source(value: Any) -> Any:

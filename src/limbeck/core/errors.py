@@ -74,6 +74,12 @@ class PublishError(LimbeckError):
     code = "publish"
 
 
+class PluginError(LimbeckError):
+    """A file of the user's own cannot be loaded, or adds what cannot be added."""
+
+    code = "plugin"
+
+
 class EnvironmentFault(LimbeckError):
     """The machine lacks what was asked of it: a device, disk space, memory, an optional package."""
 
@@ -86,3 +92,11 @@ def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
     close = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
     hint = f' Did you mean "{close[0]}"?' if close else ""
     return f'unknown {kind} "{name}".{hint} Known: {", ".join(names)}'
+
+
+def unknown_piece(kind: str, name: str, known: Iterable[str]) -> str:
+    """The same of a family to which a file of the user's own may add, and how such a file is named."""
+    text = unknown_name(kind, name, known)
+    return (
+        f"{text}. If a file of your own adds it, name the file: limbeck --plugin FILE.py (in Python: import it first)"
+    )

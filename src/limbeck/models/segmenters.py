@@ -14,7 +14,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from limbeck.core.errors import CheckpointError, RecipeError, unknown_name
+from limbeck.core.errors import CheckpointError, RecipeError, unknown_piece
 from limbeck.core.files import read_json, write_json
 from limbeck.models.bpe_segmenter import BpeSegmenter
 from limbeck.models.entropy_segmenter import EntropySegmenter
@@ -62,7 +62,7 @@ def open_segmenter(words: str, *, patch_bytes: int) -> Segmenter:
     """
     kind, _, argument = words.partition(":")
     if kind not in SEGMENTERS:
-        raise RecipeError(unknown_name("segmenter", kind, SEGMENTERS))
+        raise RecipeError(unknown_piece("segmenter", kind, SEGMENTERS))
     segmenter: Segmenter = SEGMENTERS[kind].from_words(argument)
     check_fit(segmenter, patch_bytes)
     return segmenter
@@ -111,7 +111,7 @@ def read_segmenter(folder: Path) -> tuple[Segmenter, int]:
             raise CheckpointError(f"{path}: format {words['format']!r} is not known here. Update Limbeck.")
         facts, patch_bytes = words["segmenter"], int(words["patch_bytes"])
         if facts["kind"] not in SEGMENTERS:
-            raise CheckpointError(f"{path}: {unknown_name('segmenter', str(facts['kind']), SEGMENTERS)}")
+            raise CheckpointError(f"{path}: {unknown_piece('segmenter', str(facts['kind']), SEGMENTERS)}")
         segmenter = SEGMENTERS[facts["kind"]].from_facts(facts, folder=folder, name=str(words["name"]))
     except (ValueError, TypeError, KeyError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}). {advice}") from error

@@ -14,10 +14,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from limbeck.core.errors import RecipeError, unknown_name
+from limbeck.core.errors import RecipeError, unknown_piece
 from limbeck.nn import blockwise
 from limbeck.nn.fftconv import working_dtype
 from limbeck.nn.filters import FILTERS, LongFilter, mark_undecayed
+from limbeck.nn.flops import hyena_flops_per_token
 from limbeck.nn.online import ModalRecurrence, OnlineConvolution, init_memory
 from limbeck.nn.packing import document_buckets, repack_documents, unpack_documents
 
@@ -81,7 +82,7 @@ class HyenaOperator(nn.Module):
                 f"short_conv {short_conv}, inner_width {inner_width}"
             )
         if filter not in FILTERS:
-            raise RecipeError("hyena.filter: " + unknown_name("filter", filter, FILTERS))
+            raise RecipeError("hyena.filter: " + unknown_piece("filter", filter, FILTERS))
         self.width, self.inner_width, self.order, self.short_conv = width, inner_width, order, short_conv
         streams = (order + 1) * inner_width
         self.in_proj = nn.Linear(width, streams, bias=bias)
@@ -180,6 +181,13 @@ class HyenaOperator(nn.Module):
             state.context_BKM = streams_BMT[..., 1 - self.short_conv :].detach().transpose(1, 2).contiguous()
         mixed_BCT = self._mix(self._convolve_short(streams_BMT), convolve, mask_BT)
         return self._finish(mixed_BCT), state
+
+    def flops_per_token(self, context_tokens: float) -> float:
+        """Operations of one pass over so many tokens, divided by their number: as in `nn.flops`, both projections included."""
+        matrices = 2 * (self.in_proj.weight.numel() + self.out_proj.weight.numel())
+        return matrices + hyena_flops_per_token(
+            self.inner_width, order=self.order, short_conv=self.short_conv, context_tokens=context_tokens
+        )
 
     def _advance_token(self, hidden_BTD: Tensor, state: HyenaState, mask_BT: Tensor | None) -> Tensor:
         streams_BM = self.in_proj(hidden_BTD[:, 0])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -28,6 +30,15 @@ def document_buckets(document_ids_BT: Tensor) -> list[Tensor]:
         index_NP = first_N[chosen_N, None] + offset_P
         buckets.append(index_NP.masked_fill(offset_P >= size_N[chosen_N, None], total))
     return buckets
+
+
+def each_document(mix: Callable[[Tensor], Tensor], hidden_BTD: Tensor, document_ids_BT: Tensor) -> Tensor:
+    """What a causal `mix` of rows [N, P, D] makes of every document by itself, [B, T, D]. Gradients flow."""
+    buckets = document_buckets(document_ids_BT)
+    hidden_BDT = hidden_BTD.transpose(1, 2)
+    rows = [mix(unpack_documents(hidden_BDT, index_NP).transpose(1, 2)).transpose(1, 2) for index_NP in buckets]
+    batch, length = document_ids_BT.shape
+    return repack_documents(rows, buckets, batch=batch, length=length).transpose(1, 2)
 
 
 def unpack_documents(u_BCT: Tensor, index_NP: Tensor) -> Tensor:

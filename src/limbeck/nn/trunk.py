@@ -1,4 +1,4 @@
-"""The trunk of a small language model: blocks of attention or Hyena and feed-forward, some of whose weights are shared.
+"""The trunk of a small language model: blocks of a mixer and feed-forward, some of whose weights are shared.
 
 `TrunkSettings` is the menu; `Trunk` runs it, in one pass or continuing a `TrunkCache`.
 """
@@ -13,15 +13,16 @@ from typing import Protocol, cast
 import torch
 from torch import Tensor, nn
 
+from limbeck.core.errors import RecipeError
 from limbeck.nn.blocks import FeedForward, LowRank, Rotary, SelfAttention, rms_norm
-from limbeck.nn.flops import attention_flops_per_token, hyena_flops_per_token
-from limbeck.nn.hyena import HyenaOperator
+from limbeck.nn.flops import attention_flops_per_token
+from limbeck.nn.mixers import ATTENTION, MIXERS, StatefulMixer
 from limbeck.nn.trunk_cache import Append, TrunkCache
 from limbeck.nn.trunk_settings import Step, TrunkSettings, plan_steps, shared_parts
 
 __all__ = ["Block", "Trunk", "TrunkCache", "TrunkSettings"]
 
-Mixer = SelfAttention | HyenaOperator
+Mixer = SelfAttention | StatefulMixer
 
 
 class Block(nn.Module):
@@ -46,7 +47,7 @@ class _Call(Protocol):
 
     def mix_attention(self, number: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor: ...
 
-    def mix_hyena(self, number: int, operator: HyenaOperator, hidden_NSD: Tensor) -> Tensor: ...
+    def mix_state(self, number: int, mixer: StatefulMixer, hidden_NSD: Tensor) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -57,8 +58,8 @@ class _OnePass:
     def mix_attention(self, number: int, attention: SelfAttention, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention.attend(q, k, v, self.mask_BSS)
 
-    def mix_hyena(self, number: int, operator: HyenaOperator, hidden_NSD: Tensor) -> Tensor:
-        return operator(hidden_NSD, document_ids_BT=self.document_ids_BS)
+    def mix_state(self, number: int, mixer: StatefulMixer, hidden_NSD: Tensor) -> Tensor:
+        return mixer(hidden_NSD, document_ids_BT=self.document_ids_BS)
 
 
 @dataclass(frozen=True)
@@ -74,8 +75,8 @@ class _Run:
     rotary: Rotary | None
 
     def mix(self, x_BSD: Tensor) -> Tensor:
-        if isinstance(self.mixer, HyenaOperator):
-            return self.call.mix_hyena(self.number, self.mixer, x_BSD)
+        if not isinstance(self.mixer, SelfAttention):
+            return self.call.mix_state(self.number, self.mixer, x_BSD)
         assert self.output is not None
         q, k, v = self.mixer.project(x_BSD, rotary=self.rotary, deltas=self.deltas)
         return self.output.output(self.call.mix_attention(self.number, self.mixer, q, k, v), deltas=self.deltas)
@@ -236,7 +237,7 @@ class Trunk(nn.Module):
                 self._block(step.output).mixer,
             )
             total += size(block.mixer_norm) + size(block.feed_forward_norm)
-            total += size(mixer) + size(self._block(step.feed_forward).feed_forward)
+            total += size(cast(nn.Module, mixer)) + size(self._block(step.feed_forward).feed_forward)
             if isinstance(mixer, SelfAttention) and isinstance(output, SelfAttention):
                 total += size(output.out) - size(mixer.out)
         return total
@@ -250,13 +251,10 @@ class Trunk(nn.Module):
         matrices: list[nn.Linear | None]
         for number, step in enumerate(self.plan):
             mixer, output = self._block(step.mixer).mixer, self._block(step.output).mixer
-            if isinstance(mixer, HyenaOperator):
-                matrices = [mixer.in_proj, mixer.out_proj]
-                total += hyena_flops_per_token(
-                    mixer.inner_width, order=mixer.order, short_conv=mixer.short_conv, context_tokens=context
-                )
+            matrices = []
+            if not isinstance(mixer, SelfAttention):
+                total += cast(StatefulMixer, mixer).flops_per_token(context)
             else:
-                assert isinstance(mixer, SelfAttention)
                 assert isinstance(output, SelfAttention)
                 matrices = [mixer.query, mixer.key, mixer.value, output.out]
                 total += attention_flops_per_token(mixer.heads * mixer.head_width, context_tokens=context)
@@ -269,17 +267,23 @@ class Trunk(nn.Module):
 
 
 def _mixer(settings: TrunkSettings, layer: int, output_scale: float, *, own_output: bool) -> Mixer:
-    if settings.mixer_of(layer) == "attention":
+    kind = settings.mixer_of(layer)
+    if kind == ATTENTION:
         return SelfAttention(
             settings.width, settings.heads, settings.kv_heads, rope_theta=settings.rope_theta,
             qk_norm=settings.qk_norm, output_scale=output_scale, own_output=own_output,
         )  # fmt: skip
-    operator = HyenaOperator(settings.width, **settings.hyena)
+    try:
+        mixer = MIXERS[kind](settings.width, **settings.options_of(kind))
+    except TypeError as error:
+        where = "trunk.hyena" if kind == "hyena" else f"trunk.mixer_options.{kind}"
+        raise RecipeError(f"{where}: {error}") from error
+    if not isinstance(getattr(mixer, "out_proj", None), nn.Linear):
+        raise RecipeError(f"trunk.mixers: {kind} has no out_proj, the torch.nn.Linear with which every mixer ends")
     with torch.no_grad():
-        operator.out_proj.weight.mul_(output_scale)
-        if operator.out_proj.bias is not None:
-            operator.out_proj.bias.mul_(output_scale)
-    return operator
+        for parameter in mixer.out_proj.parameters():
+            parameter.mul_(output_scale)
+    return mixer
 
 
 def _one_pass(x_BSD: Tensor, document_ids_BS: Tensor | None) -> tuple[_OnePass, Tensor]:

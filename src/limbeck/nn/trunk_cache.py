@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from limbeck.nn.blocks import SelfAttention
-from limbeck.nn.hyena import HyenaOperator, HyenaState
+from limbeck.nn.mixers import StatefulMixer
 
 if TYPE_CHECKING:
     from limbeck.nn.trunk import Trunk
@@ -38,7 +38,8 @@ class KeysValues:
         self.keys_BCGd, self.values_BCGd = grown(self.keys_BCGd), grown(self.values_BCGd)
 
 
-Memory = KeysValues | list[HyenaState]
+Memory = KeysValues | list[Any]
+"""Of one run of a block: attention's, or for each row the state of its mixer."""
 
 
 @dataclass
@@ -58,11 +59,11 @@ class TrunkCache:
         """The cache of rows that have read nothing."""
         memories: list[Memory] = []
         for mixer in trunk.mixers_in_order():
-            if isinstance(mixer, HyenaOperator):
-                memories.append([mixer.init_state(1, device=device, dtype=dtype) for _ in range(batch_rows)])
-            else:
+            if isinstance(mixer, SelfAttention):
                 shape = (batch_rows, 0, mixer.kv_heads, mixer.head_width)
                 memories.append(KeysValues(*(torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))))
+            else:
+                memories.append([mixer.init_state(1, device=device, dtype=dtype) for _ in range(batch_rows)])
         return TrunkCache(memories, [0] * batch_rows, torch.device(device))
 
     @property
@@ -99,14 +100,14 @@ class TrunkCache:
     def crop(self, lengths: Sequence[int] | Tensor) -> TrunkCache:
         """A cache in which each row holds its first so many entries only; it shares this one's memory.
 
-        Raises: ValueError where a row is shorter, or the trunk has Hyena mixers, whose state cannot be taken back.
+        Raises: ValueError where a row is shorter, or the trunk has mixers with a state, which cannot be taken back.
         """
         wanted = [int(length) for length in lengths]
         if len(wanted) != self.batch_rows or any(new > old for new, old in zip(wanted, self.lengths, strict=True)):
             raise ValueError(f"crop: rows of lengths {self.lengths} cannot be cut to {wanted}")
         if wanted != self.lengths and any(isinstance(memory, list) for memory in self.memories):
             raise ValueError(
-                "crop: a Hyena mixer sums up the past in a state that cannot be taken back; clone() the cache before "
+                "crop: a mixer that is no attention sums up the past in a state that cannot be taken back; clone() the cache before "
                 "the entries that may have to go"
             )
         return TrunkCache(list(self.memories), wanted, self.device)
@@ -166,7 +167,7 @@ class Append:
         seen = held_BCGd[:, : self._longest]
         return (seen if self._all_rows else seen[self._rows_N]), held_BCGd.detach()
 
-    def mix_hyena(self, number: int, operator: HyenaOperator, hidden_NSD: Tensor) -> Tensor:
+    def mix_state(self, number: int, mixer: StatefulMixer, hidden_NSD: Tensor) -> Tensor:
         """Continue the rows' own states of run `number`, each alone."""
         states = self.cache.memories[number]
         assert isinstance(states, list)
@@ -174,7 +175,7 @@ class Append:
         for place, (row, count) in enumerate(zip(self.rows, self.counts, strict=True)):
             out_1SD = hidden_NSD[place : place + 1, :0]
             if count:
-                out_1SD, states[row] = operator.advance(hidden_NSD[place : place + 1, :count], states[row])
+                out_1SD, states[row] = mixer.advance(hidden_NSD[place : place + 1, :count], states[row])
             outputs.append(torch.nn.functional.pad(out_1SD, (0, 0, 0, self.entries - count)))
         return torch.cat(outputs) if len(outputs) != 1 else outputs[0]
 

@@ -7,10 +7,10 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from limbeck.core.errors import RecipeError, unknown_name
+from limbeck.core.errors import RecipeError, unknown_name, unknown_piece
 from limbeck.nn.blocks import ACTIVATIONS
+from limbeck.nn.mixers import ATTENTION, MIXERS
 
-MIXERS = ("attention", "hyena")
 SHARE_FEED_FORWARD = ("none", "all", "interior")
 SHARE_MIXERS = ("none", "output", "all")
 
@@ -20,8 +20,9 @@ class TrunkSettings:
     """The shape of a trunk.
 
     width: D. layers: blocks with norms of their own. heads, kv_heads, rope_theta, qk_norm: of attention. feed_forward:
-    hidden width. activation: a name in `ACTIVATIONS`. mixers: "attention" or "hyena" a layer; None is all attention.
-    hyena: options of `HyenaOperator`. dropout: after each mixer and feed-forward.
+    hidden width. activation: a name in `ACTIVATIONS`. mixers: "attention" or a name in `MIXERS` a layer; None is all
+    attention. hyena: options of `HyenaOperator`. mixer_options: those of other mixers, by name. dropout: after each mixer and
+    feed-forward.
     residual_scalars: every block starts from r x + s x_0, x_0 being the trunk's input, with learned r = 1 and s = 0 at
     the start (modded-nanogpt and nanochat). zero_init: output projections start at zero, so that every block begins as
     the identity (muP-like; arXiv:1901.09321); otherwise they start 1 / sqrt(2 x blocks run) times as large as others.
@@ -43,6 +44,7 @@ class TrunkSettings:
     activation: str = "relu2"
     mixers: tuple[str, ...] | None = None
     hyena: Mapping[str, Any] = field(default_factory=dict)
+    mixer_options: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     rope_theta: float | None = 10000.0
     qk_norm: bool = True
     residual_scalars: bool = True
@@ -61,7 +63,10 @@ class TrunkSettings:
                 object.__setattr__(self, name, tuple(value))
         object.__setattr__(self, "kv_heads", self.heads if self.kv_heads is None else self.kv_heads)
         object.__setattr__(self, "hyena", dict(self.hyena))
+        options = {name: dict(words) for name, words in self.mixer_options.items()}
+        object.__setattr__(self, "mixer_options", options)
         self._check_shape()
+        self._check_mixers()
         self._check_sharing()
 
     def _check_shape(self) -> None:
@@ -72,15 +77,21 @@ class TrunkSettings:
             raise RecipeError("trunk.activation: " + unknown_name("activation", self.activation, ACTIVATIONS))
         if not 0 <= self.dropout < 1:
             raise RecipeError(f"trunk.dropout: must be at least 0 and less than 1, not {self.dropout}")
-        if self.mixers is None:
-            return
-        for mixer in self.mixers:
-            if mixer not in MIXERS:
-                raise RecipeError("trunk.mixers: " + unknown_name("mixer", mixer, MIXERS))
-        if len(self.mixers) != self.layers:
+
+    def _check_mixers(self) -> None:
+        used = set(self.mixers or ())
+        for mixer in self.mixers or ():
+            if mixer not in (ATTENTION, *MIXERS):
+                raise RecipeError("trunk.mixers: " + unknown_piece("mixer", mixer, (ATTENTION, *MIXERS)))
+        if self.mixers is not None and len(self.mixers) != self.layers:
             raise RecipeError(
                 f"trunk.mixers: {len(self.mixers)} are given for {self.layers} layers; give one for each layer"
             )
+        if "hyena" in self.mixer_options:
+            raise RecipeError("trunk.mixer_options: the options of hyena are written under trunk.hyena")
+        for name in self.mixer_options:
+            if name not in used - {ATTENTION, "hyena"}:
+                raise RecipeError(f"trunk.mixer_options: {name} is no mixer with options of its own in trunk.mixers")
 
     def _check_sharing(self) -> None:
         for name, known in (("share_feed_forward", SHARE_FEED_FORWARD), ("share_mixers", SHARE_MIXERS)):
@@ -108,15 +119,19 @@ class TrunkSettings:
             )
         if self.delta_rank and not _shared(plan):
             raise RecipeError("trunk.delta_rank: nothing is shared, so there is nothing to tell apart; leave it at 0")
-        if self.delta_rank and any(self.mixer_of(layer) == "hyena" for layer in _repeated(plan, lambda s: s.mixer)):
+        if self.delta_rank and any(self.mixer_of(layer) != ATTENTION for layer in _repeated(plan, lambda s: s.mixer)):
             raise RecipeError(
-                "trunk.delta_rank: a Hyena operator that runs more than once takes no deltas. Share attention layers "
-                "only, or leave it at 0"
+                "trunk.delta_rank: a mixer of your own or a Hyena operator that runs more than once takes no deltas. Share "
+                "attention layers only, or leave it at 0"
             )
 
     def mixer_of(self, layer: int) -> str:
-        """What mixes tokens in a layer: "attention" or "hyena"."""
-        return "attention" if self.mixers is None else self.mixers[layer]
+        """What mixes tokens in a layer: "attention" or a name in `MIXERS`."""
+        return ATTENTION if self.mixers is None else self.mixers[layer]
+
+    def options_of(self, mixer: str) -> Mapping[str, Any]:
+        """The options of a mixer of `MIXERS`."""
+        return self.hyena if mixer == "hyena" else self.mixer_options.get(mixer, {})
 
     @classmethod
     def read(cls, values: Mapping[str, Any] | TrunkSettings, *, where: str = "trunk") -> TrunkSettings:
@@ -138,6 +153,8 @@ class TrunkSettings:
     def as_dict(self) -> dict[str, Any]:
         """The same as plain values for JSON."""
         values = dataclasses.asdict(self)
+        if not self.mixer_options:
+            del values["mixer_options"]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
@@ -163,7 +180,7 @@ def plan_steps(settings: TrunkSettings) -> list[Step]:
         inside = layer in interior
         mixer = first_alike(layer) if inside and settings.share_mixers == "all" else layer
         output = first_alike(layer) if inside and settings.share_mixers != "none" else layer
-        if settings.mixer_of(layer) == "hyena":
+        if settings.mixer_of(layer) != ATTENTION:
             output = mixer
         feed_forward = layer
         if settings.share_feed_forward == "all":

@@ -313,3 +313,32 @@ def test_on_the_command_line(model, run, data, tmp_path):
     for wrong in (("--suite", "tiny", "--text", "x"), ("--task", "piqa"), ("--limit", "3")):
         assert limbeck("eval", model, *wrong).exit_code == 2
     assert "--suite tiny" in limbeck("eval", model, "--limit", "3").stderr
+
+
+def test_a_folder_that_another_process_writes_into_never_mixes_items(model, data, tmp_path, monkeypatch):
+    """Two evaluations share a folder of descriptions: another one puts its items there just before these are loaded."""
+    alone = examine([str(model)], tasks=["sciq"], data=data, cache=tmp_path / "alone", device="cpu")
+    real, times = harness._load_task, []
+
+    def load(task, folder, *, others=1):
+        times.append(task)
+        if len(times) <= others:
+            rows = (folder / f"{task}.jsonl").read_text().replace("Ada met Bo.", "Bo met Ada.").replace("Cy", "Dan")
+            (folder / f"{task}.jsonl").write_text(rows)
+        return real(task, folder)
+
+    monkeypatch.setattr(harness, "_load_task", load)
+    monkeypatch.setattr(examining, "_LONGEST_WAIT_SECONDS", 0.0)
+    found = examine([str(model)], tasks=["sciq"], data=data, cache=tmp_path / "shared", device="cpu")
+    assert len(times) == 2, "the items were put back and loaded again"
+    name = model.name
+    assert (
+        found["places"][name]["tasks"]["sciq"]["metrics"] == alone["places"][name]["tasks"]["sciq"]["metrics"]
+    )
+
+    times.clear()
+    monkeypatch.setattr(harness, "_load_task", lambda task, folder: load(task, folder, others=1000))
+    found = examine([str(model)], tasks=["sciq"], data=data, cache=tmp_path / "fought", device="cpu")
+    assert "another evaluation writes there" in found["places"][name]["failed"]["sciq"]
+    assert found["failed"]
+    assert not list((tmp_path / "fought" / "kept").rglob("*.json")), "nothing is kept under another's name"

@@ -8,6 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -31,16 +33,17 @@ from limbeck.evaluate.contamination import (
 from limbeck.evaluate.efficiency import parameter_facts
 from limbeck.evaluate.kept_answers import KeptAnswers
 from limbeck.evaluate.suite import choose_tasks, suite_tasks
-from limbeck.evaluate.task_folder import ReadyTask, prepare_tasks
+from limbeck.evaluate.task_folder import OtherItems, ReadyTask, prepare_tasks
 from limbeck.evaluate.task_progress import TaskProgress
 from limbeck.evaluate.task_results import Item, by_place, compare_items, group_facts, mean_difference, task_facts
 from limbeck.evaluate.task_tables import grouped_reasons, markdown
 from limbeck.models.teacher import LoadedTeacher
 from limbeck.models.tokenizers import tokenizer_fingerprint
-from limbeck.places import open_place, run_of
+from limbeck.places import arm_of, open_place, run_of
 
 _KEPT = 1
 _PIECE_ELEMENTS = 2**22
+_MOST_ATTEMPTS, _LONGEST_WAIT_SECONDS = 10, 0.5
 
 
 @dataclass
@@ -124,7 +127,8 @@ def _open(place: str, label: str, cache: Path | None, device: torch.device) -> _
     loaded = open_place(place, device=device)
     home = cache or (_home_of_run(run) if run else _user_cache())
     fingerprint = model_fingerprint(loaded)
-    facts = {"place": place, "fingerprint": fingerprint, **parameter_facts(loaded.model), "tasks": {}, "failed": {}}
+    facts = {"place": place, "arm": None if run is None else arm_of(run, Path(place)), "fingerprint": fingerprint}
+    facts |= {**parameter_facts(loaded.model), "tasks": {}, "failed": {}}
     return _Candidate(place, label, home, run, loaded, fingerprint, facts)
 
 
@@ -190,7 +194,7 @@ def _ask(
 ) -> dict[str, Any]:
     answers = file.with_suffix(".answers.jsonl")
     kept = progress.watching(KeptAnswers(answers))
-    score = asdict(harness.evaluate_task(lm, task.task.name, folder=task.folder, limit=settings["limit"], kept=kept))
+    score = asdict(_evaluate(lm, task, settings["limit"], kept))
     items = score["items"]
     columns = {name: [item[name] for item in items] for name in items[0]} if items else {}
     try:
@@ -200,6 +204,21 @@ def _ask(
     write_atomic(file, text + "\n")
     answers.unlink(missing_ok=True)
     return score
+
+
+def _evaluate(lm: Any, task: ReadyTask, limit: int | None, kept: KeptAnswers) -> harness.TaskScore:
+    """The folder of descriptions may be shared with other processes: its items are put back until these are read."""
+    for attempt in range(_MOST_ATTEMPTS):
+        task.write()
+        try:
+            return harness.evaluate_task(
+                lm, task.task.name, folder=task.folder, limit=limit, kept=kept, check=task.check
+            )
+        except OtherItems:
+            if attempt == _MOST_ATTEMPTS - 1:
+                raise
+            time.sleep(random.SystemRandom().uniform(0, _LONGEST_WAIT_SECONDS))
+    raise AssertionError
 
 
 def _read_kept(file: Path, key: str) -> dict[str, Any] | None:

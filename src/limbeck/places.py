@@ -45,6 +45,11 @@ def run_of(folder: Path) -> Path | None:
     return None
 
 
+def arm_of(run: Path, folder: Path) -> str:
+    """Which of a run's models a place in it means: `student`, the name of a control, or `ARM/STAGE`."""
+    return "student" if folder == run else "/".join(folder.relative_to(run).parts[1:])
+
+
 def _finished_model(run: Path) -> Path:
     model = run / "model"
     if not (model / "config.json").exists():

@@ -277,6 +277,8 @@ def _tasks(rows: Sequence[TaskRow]) -> Grid | None:
         for row in rows
     ]  # fmt: skip
     notes = ["Error: one standard error over the items. By guessing: what blind choice gives."]
+    if tried := [row.task for row in rows if not row.is_whole]:
+        notes.append(f"Asked only the first items, which is a try and no result: {', '.join(tried)}.")
     return Grid(["Task", "Metric", "Value", "Error", "Items", "By guessing"], cells, 2, notes)
 
 

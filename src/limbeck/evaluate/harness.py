@@ -122,11 +122,13 @@ def wrap_model(
 
 
 def evaluate_task(
-    lm: Any, task: str, *, folder: Path, limit: int | None = None, kept: KeptAnswers | None = None
-) -> TaskScore:
+    lm: Any, task: str, *, folder: Path, limit: int | None = None, kept: KeptAnswers | None = None,
+    check: Callable[[Any], None] = lambda _task: None,
+) -> TaskScore:  # fmt: skip
     """Run one task that a YAML file in `folder` describes.
 
     lm: what `wrap_model` gave. limit: only the first so many items. kept: answers of an interrupted run, which goes on.
+    check: is shown the harness's task before the model is asked, and may refuse it.
     Random choices (few-shot examples) use the harness's own fixed seeds; the caller's generators are left as they were.
     A description may name Python code beside it: give only folders you trust.
 
@@ -141,6 +143,7 @@ def evaluate_task(
         stack.enter_context(_silence())
         stack.enter_context(_same_generators_after())
         manager, found = _load_task(task, Path(folder))
+        check(found)
         if kept is not None:
             stack.enter_context(kept.serving(lm))
         results = _run(lm, manager, found, limit=limit)

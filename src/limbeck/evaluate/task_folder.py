@@ -26,7 +26,7 @@ from limbeck.core.errors import EnvironmentFault, EvaluationError
 from limbeck.core.files import sha256_file, write_atomic
 from limbeck.evaluate.probes import probe_description, probe_items
 from limbeck.evaluate.suite import SuiteTask
-from limbeck.evaluate.task_data import TaskItems, items_of_rows, read_items, search_folder, to_json_lines
+from limbeck.evaluate.task_data import TaskItems, items_of_rows, read_items, rows_sha256, search_folder, to_json_lines
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,23 @@ class ReadyTask:
     folder: Path
     items: TaskItems
     sha256: str
+
+    def write(self) -> None:
+        """Write its description and items again where another process has put others of the same name in their place."""
+        write_description(self.task, self.items, self.folder)
+
+    def check(self, loaded: Any) -> None:
+        """See that what lm-eval has loaded are these items. Raises: OtherItems."""
+        rows = loaded.dataset["test"]
+        if rows_sha256([dict(row) for row in rows]) != self.items.sha256:
+            raise OtherItems(
+                f"the items in {self.folder} are not those of {self.items.source}: another evaluation writes there at the same "
+                "time, with other data. Give one of the two a folder of its own: --keep-tasks DIR."
+            )
+
+
+class OtherItems(EvaluationError):
+    """The folder of descriptions holds other items than were put there."""
 
 
 def prepare_tasks(

@@ -131,12 +131,43 @@ def test_accuracies_by_hand(tmp_path):
     for name, content in contents.items():
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     found = read_accuracies(sorted(tmp_path.glob("*.json")))
-    assert found["x"] == {("sciq", 10): 0.5, ("blimp", 20): 0.75}
-    assert found["y"] == {("sciq", 10): 0.25, ("boolq", 10): 1.0, ("sciq", 3): 0.9}
+    assert {key[:2]: value for key, value in found["x"].items()} == {("sciq", 10): 0.5, ("blimp", 20): 0.75}
+    assert {key[:2]: value for key, value in found["y"].items()} == {("sciq", 10): 0.25, ("boolq", 10): 1.0, ("sciq", 3): 0.9}
     assert mean_accuracies(found) == ({"x": 0.5, "y": 0.25}, ["sciq (10 items)"])
     assert mean_accuracies({"x": found["x"]})[0] == {"x": 0.625}
-    assert mean_accuracies({"x": found["x"], "z": {("boolq", 3): 1.0}}) == ({}, [])
+    assert mean_accuracies({"x": found["x"], "z": {("boolq", 3, ""): 1.0}}) == ({}, [])
     assert mean_accuracies({}) == ({}, [])
+
+
+@pytest.mark.parametrize(
+    ("other", "is_same"),
+    [
+        ({}, True),
+        ({"data_sha256": "b"}, False),  # as many items of another split
+        ({"version": "2.0"}, False),
+        ({"lm_eval": "0.4.11"}, False),
+    ],
+)
+def test_only_the_same_items_asked_the_same_way_are_set_beside_each_other(tmp_path, other, is_same):
+    for fingerprint, words in (("x", {}), ("y", other)):
+        one = task("sciq", 0.5) | {"data_sha256": "a", "version": "1.0"} | words
+        content = {"fingerprint": fingerprint, "lm_eval": words.get("lm_eval", "0.4.13"), "tasks": {"sciq": one}}
+        (tmp_path / f"{fingerprint}.json").write_text(json.dumps(content))
+    means, tasks = mean_accuracies(read_accuracies(sorted(tmp_path.glob("*.json"))))
+    assert (means, tasks) == (({"x": 0.5, "y": 0.5}, ["sciq (10 items)"]) if is_same else ({}, []))
+
+
+def test_an_average_over_other_members_of_a_group_is_another_figure_and_a_task_counts_once(tmp_path):
+    for fingerprint, member in (("x", "p"), ("y", "q")):
+        mean = {"items": 20, "headline": "acc", "metrics": {"acc": {"value": 0.75}}}
+        tasks = {member: task("blimp", 0.9), "r": task("blimp", 0.6)}
+        content = {"fingerprint": fingerprint, "tasks": tasks, "groups": {"blimp": mean}}
+        (tmp_path / f"{fingerprint}.json").write_text(json.dumps(content))
+        for items in (3, 30):
+            few = {"fingerprint": fingerprint, "tasks": {"sciq": task("sciq", items / 100, items=items)}}
+            (tmp_path / f"{fingerprint}-{items}.json").write_text(json.dumps(few))
+    means, tasks = mean_accuracies(read_accuracies(sorted(tmp_path.glob("*.json"))))
+    assert (means, tasks) == ({"x": 0.3, "y": 0.3}, ["sciq (30 items)"])
 
 
 @pytest.mark.parametrize(

@@ -332,9 +332,7 @@ def test_a_folder_that_another_process_writes_into_never_mixes_items(model, data
     found = examine([str(model)], tasks=["sciq"], data=data, cache=tmp_path / "shared", device="cpu")
     assert len(times) == 2, "the items were put back and loaded again"
     name = model.name
-    assert (
-        found["places"][name]["tasks"]["sciq"]["metrics"] == alone["places"][name]["tasks"]["sciq"]["metrics"]
-    )
+    assert found["places"][name]["tasks"]["sciq"]["metrics"] == alone["places"][name]["tasks"]["sciq"]["metrics"]
 
     times.clear()
     monkeypatch.setattr(harness, "_load_task", lambda task, folder: load(task, folder, others=1000))
@@ -342,3 +340,103 @@ def test_a_folder_that_another_process_writes_into_never_mixes_items(model, data
     assert "another evaluation writes there" in found["places"][name]["failed"]["sciq"]
     assert found["failed"]
     assert not list((tmp_path / "fought" / "kept").rglob("*.json")), "nothing is kept under another's name"
+
+
+def test_a_kept_result_that_was_tampered_with_is_asked_again(model, data, tmp_path, asked):
+    options = {"tasks": ["sciq"], "data": data, "limit": LIMIT, "cache": tmp_path / "cache", "device": "cpu"}
+    metrics = examine([str(model)], **options)["places"][model.name]["tasks"]["sciq"]["metrics"]
+    (file,) = (tmp_path / "cache" / "kept").rglob("sciq-*.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"standard_errors": None}))
+    found = examine([str(model)], **options)["places"][model.name]
+    assert (found["failed"], found["tasks"]["sciq"]["metrics"], asked) == ({}, metrics, ["sciq", "sciq"])
+
+
+def test_a_disk_that_is_full_in_the_midst_costs_no_figures(model, data, tmp_path, monkeypatch):
+    import errno
+
+    options = {"tasks": ["sciq", "piqa"], "data": data, "limit": LIMIT, "device": "cpu"}
+    whole = examine([str(model)], **options, cache=tmp_path / "a")
+    real = harness.evaluate_task
+
+    def full(*_words, **_options):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    def then_full(*words, **more):
+        score = real(*words, **more)
+        monkeypatch.setattr("os.replace", full)
+        return score
+
+    monkeypatch.setattr(harness, "evaluate_task", then_full)
+    found = examine([str(model)], **options, cache=tmp_path / "b")
+    for name, of in whole["places"][model.name]["tasks"].items():
+        assert found["places"][model.name]["tasks"][name]["metrics"] == of["metrics"]
+    assert "No space left" in found["failed"][0]
+    assert "not kept" in found["failed"][0]
+
+
+def test_an_account_without_a_home_folder(model, data, tmp_path, monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr("pathlib.Path.home", homeless)
+    options = {"tasks": ["sciq"], "data": data, "limit": LIMIT, "device": "cpu"}
+    with pytest.raises(LimbeckError, match="--cache DIR"):
+        examine([str(model)], **options)
+    assert examine([str(model)], **options, cache=tmp_path)["failed"] == []
+
+
+def test_a_folder_that_cannot_be_written_names_the_option(model, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(LimbeckError, match="--cache DIR"):
+        examine([str(model)], tasks=["sciq"], data=data, limit=LIMIT, cache=tmp_path / "file" / "below", device="cpu")
+
+
+def test_a_model_that_breaks_in_a_way_nobody_knew_fails_alone(model, other, data, tmp_path, monkeypatch):
+    real = harness.evaluate_task
+
+    def evaluate_task(lm, task, **options):
+        if not lm.broke:
+            return real(lm, task, **options)
+        raise IndexError("index out of range in self")
+
+    wrap = harness.wrap_model
+    order = iter([True, False])
+
+    def wrap_model(*words, **options):
+        lm = wrap(*words, **options)
+        lm.broke = next(order)
+        return lm
+
+    monkeypatch.setattr(harness, "wrap_model", wrap_model)
+    monkeypatch.setattr(harness, "evaluate_task", evaluate_task)
+    facts = examine([str(model), str(other)], tasks=["sciq"], data=data, limit=LIMIT, cache=tmp_path, device="cpu")
+    first, second = facts["places"].values()
+    assert "IndexError: index out of range" in first["failed"]["sciq"]
+    assert second["tasks"]["sciq"]["items"] == LIMIT
+    assert len(facts["failed"]) == 1
+
+
+def test_a_tokenizer_without_special_tokens_is_refused_in_words(model, data, tmp_path):
+    folder = tmp_path / "bare"
+    shutil.copytree(model, folder)
+    words = json.loads((folder / "tokenizer_config.json").read_text())
+    for token in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        words.pop(token, None)
+    (folder / "tokenizer_config.json").write_text(json.dumps(words))
+    facts = examine([str(folder)], tasks=["sciq"], data=data, limit=LIMIT, cache=tmp_path, device="cpu")
+    assert "neither a BOS nor an EOS token" in facts["failed"][0]
+
+
+def test_a_model_that_cannot_be_scored_on_text_does_not_take_the_others_with_it(model, broken, text, tmp_path):
+    options = ["--text", str(text), "--context", "16", "--max-tokens", "200"]
+    result = CliRunner().invoke(app, ["compare", str(model), str(broken), str(tmp_path / "none"), *options, "--json"])
+    assert result.exit_code == 2
+    scored, *others = json.loads(result.stdout)["places"]
+    assert scored["texts"][0]["perplexity"] > 1
+    assert [of["place"] for of in others if of["failed"]] == [str(broken), str(tmp_path / "none")]
+    assert f"{broken} was not scored" in result.stderr
+    shown = CliRunner().invoke(app, ["compare", str(broken), str(model), *options])
+    assert (shown.exit_code, "perplexity" in shown.stdout) == (2, True)
+    nothing = CliRunner().invoke(app, ["compare", str(broken), str(tmp_path / "none"), *options])
+    assert (nothing.exit_code, nothing.stdout) == (2, "")

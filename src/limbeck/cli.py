@@ -237,8 +237,13 @@ def compare(
     if as_json:
         show_facts({"places": found}, as_json=True)
     else:
-        rows = [{"place": facts["place"]} | row for facts in found for row in _brief(facts)["texts"]]
+        scored = [facts for facts in found if "failed" not in facts]
+        rows = [{"place": facts["place"]} | row for facts in scored for row in _brief(facts)["texts"]]
         show_facts({"places": rows}, as_json=False)
+    if failed := [f"{facts['place']} was not scored: {facts['failed']}" for facts in found if "failed" in facts]:
+        from limbeck.core.errors import EvaluationError
+
+        raise EvaluationError("\n".join(failed))
 
 
 def _brief(facts: dict[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.core.errors import DataError
+from limbeck.core.errors import DataError, LimbeckError
 from limbeck.core.files import read_json
 from limbeck.core.runtime import pick_device
 from limbeck.data.text import TextSource, read_documents
@@ -83,13 +83,27 @@ def text_source(words: str) -> TextSource:
 
 
 def compare_places(places: Sequence[str], **options: Any) -> list[dict[str, Any]]:
-    """Score several places on the same texts (the first run folder's, unless texts are given)."""
+    """Score several places on the same texts (the first run folder's, unless texts are given).
+
+    Of a place that cannot be scored the facts are `place` and `failed`, the reason; the others go on. When none can, the
+    first reason is raised.
+    """
     if not options.get("texts"):
         settings = next((found for place in places if (found := run_settings(place))), {})
         options["texts"] = [f"{text['source']}:{text['split']}" for text in settings.get("texts", [])]
         for key in ("context_tokens", "stride_tokens", "max_tokens"):
             options[key] = options.get(key) or settings.get(key)
-    return [evaluate_place(place, **options) for place in places]
+    found: list[dict[str, Any]] = []
+    errors: list[LimbeckError] = []
+    for place in places:
+        try:
+            found.append(evaluate_place(place, **options))
+        except LimbeckError as error:
+            errors.append(error)
+            found.append({"place": place, "failed": str(error)})
+    if len(errors) == len(places):
+        raise errors[0]
+    return found
 
 
 def compare_robustness(

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from limbeck.core.errors import DataError, EvaluationError, LimbeckError
+from limbeck.core.errors import DataError, EnvironmentFault, EvaluationError, LimbeckError
 from limbeck.core.files import read_json, write_atomic, write_json
 from limbeck.core.runtime import pick_device
 from limbeck.data.text import TextSource, read_documents
@@ -32,6 +32,7 @@ from limbeck.evaluate.contamination import (
 )  # fmt: skip
 from limbeck.evaluate.efficiency import parameter_facts
 from limbeck.evaluate.kept_answers import KeptAnswers
+from limbeck.evaluate.kept_results import read_result, write_result
 from limbeck.evaluate.suite import choose_tasks, suite_tasks
 from limbeck.evaluate.task_folder import OtherItems, ReadyTask, prepare_tasks
 from limbeck.evaluate.task_progress import TaskProgress
@@ -48,7 +49,8 @@ _MOST_ATTEMPTS, _LONGEST_WAIT_SECONDS = 10, 0.5
 
 @dataclass
 class _Candidate:
-    """A place and what is known of it. home: where its answers are kept. items: of each task that was run."""
+    """A place and what is known of it. home: where its answers are kept. items: of each task that was run. not_kept: why
+    something could not be written."""
 
     place: str
     label: str
@@ -58,6 +60,7 @@ class _Candidate:
     fingerprint: str
     facts: dict[str, Any] = field(default_factory=dict)
     items: dict[str, list[Item]] = field(default_factory=dict)
+    not_kept: list[str] = field(default_factory=list)
 
 
 def examine(
@@ -83,7 +86,8 @@ def examine(
     Returns facts: `places` (by a short name: per task and group value, standard error, chance, the score corrected for
     chance, number of items; failed tasks with the reason; contamination where a training text is known), `comparison`
     (paired, with win, tie or lose of the first), `not_run` (tasks without data, with the reason), `failed` (what the caller
-    should take as a failure: nothing could be run, or something that was asked for by name), `protocol`.
+    should take as a failure: nothing could be run, or something that was asked for by name, or results could not be written),
+    `protocol`.
 
     Raises: EvaluationError for unknown names; EnvironmentFault when lm-eval is missing; whatever a place is refused with.
     """
@@ -92,7 +96,12 @@ def examine(
     where = pick_device(device) if isinstance(device, str) else device
     candidates = [_open(place, label, cache, where) for place, label in zip(places, _labels(places), strict=True)]
     folder = keep_tasks or candidates[0].home / "descriptions"
-    ready, missing = prepare_tasks(chosen.values(), data=data, folder=folder)
+    try:
+        ready, missing = prepare_tasks(chosen.values(), data=data, folder=folder)
+    except (EnvironmentFault, OSError) as error:
+        if isinstance(error, EnvironmentFault) and not isinstance(error.__cause__, OSError):
+            raise
+        raise EnvironmentFault(f"{error} Another folder for what is kept: --cache DIR.") from error
     for line in grouped_reasons(missing):
         say(f"not run: {line}")
     settings = {"lm_eval": version, "limit": limit, "batch_size": batch_size, "device": where.type}
@@ -110,7 +119,13 @@ def examine(
         "comparison": _compare(candidates), "not_run": missing, "failed": [],
     }  # fmt: skip
     facts["failed"] = _failures(facts, tasks, suite)
-    _write(candidates, facts)
+    try:
+        _write(candidates, facts, cache)
+    except (EnvironmentFault, OSError) as error:
+        candidates[0].not_kept.append(str(error))
+    facts["failed"] += [
+        f"not kept: {line}" for line in dict.fromkeys(line for of in candidates for line in of.not_kept[:1])
+    ]
     return facts
 
 
@@ -137,7 +152,12 @@ def _home_of_run(run: Path) -> Path:
 
 
 def _user_cache() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck" / "tasks"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "limbeck" / "tasks"
+    except RuntimeError as error:
+        raise EnvironmentFault(
+            "this account has no home folder, so there is no cache for answers to tasks. Say where to keep them: --cache DIR."
+        ) from error
 
 
 def model_fingerprint(loaded: LoadedTeacher) -> str:
@@ -161,17 +181,18 @@ def _run_tasks(
         words = json.dumps([_KEPT, candidate.fingerprint, task.sha256, settings], sort_keys=True)
         key = hashlib.sha256(words.encode()).hexdigest()
         file = folder / f"{name}-{key[:16]}.json"
-        score = _read_kept(file, key)
+        score = read_result(file, key)
         is_kept = score is not None
         from_before += is_kept
         try:
             if score is None:
                 lm = lm or _wrap(candidate, settings)
-                score = _ask(lm, task, file, key, settings, progress)
+                score = _ask(lm, task, file, key, settings, progress, candidate.not_kept)
             candidate.facts["tasks"][name] = facts = _facts_of(task, score)
             candidate.items[name] = score["items"]
-        except (LimbeckError, RuntimeError) as error:
-            candidate.facts["failed"][name] = " ".join(str(error).split())
+        except Exception as error:  # whatever a model does, the others' results are kept
+            said = str(error) if isinstance(error, LimbeckError | RuntimeError) else f"{type(error).__name__}: {error}"
+            candidate.facts["failed"][name] = " ".join(said.split())
             progress.end(name, f"failed: {candidate.facts['failed'][name]}")
             continue
         if is_kept:
@@ -190,23 +211,27 @@ def _wrap(candidate: _Candidate, settings: Mapping[str, Any]) -> Any:
 
 
 def _ask(
-    lm: Any, task: ReadyTask, file: Path, key: str, settings: Mapping[str, Any], progress: TaskProgress
-) -> dict[str, Any]:
+    lm: Any, task: ReadyTask, file: Path, key: str, settings: Mapping[str, Any], progress: TaskProgress,
+    not_kept: list[str],
+) -> dict[str, Any]:  # fmt: skip
+    """The model's score on a task, which is kept; where that cannot be, as on a full disk, it is said and goes on."""
     answers = file.with_suffix(".answers.jsonl")
-    kept = progress.watching(KeptAnswers(answers))
-    score = asdict(_evaluate(lm, task, settings["limit"], kept))
-    items = score["items"]
-    columns = {name: [item[name] for item in items] for name in items[0]} if items else {}
     try:
-        text = json.dumps(score | {"items": columns, "key": key}, allow_nan=False)
-    except ValueError:
-        raise EvaluationError("the model gives likelihoods that are no numbers.") from None
-    write_atomic(file, text + "\n")
-    answers.unlink(missing_ok=True)
+        score = asdict(_evaluate(lm, task, settings["limit"], progress.watching(KeptAnswers(answers))))
+    except EnvironmentFault as error:
+        if not isinstance(error.__cause__, OSError):
+            raise
+        not_kept.append(str(error))
+        score = asdict(_evaluate(lm, task, settings["limit"], None))
+    try:
+        write_result(file, score, key=key)
+        answers.unlink(missing_ok=True)
+    except (EnvironmentFault, OSError) as error:
+        not_kept.append(str(error))
     return score
 
 
-def _evaluate(lm: Any, task: ReadyTask, limit: int | None, kept: KeptAnswers) -> harness.TaskScore:
+def _evaluate(lm: Any, task: ReadyTask, limit: int | None, kept: KeptAnswers | None) -> harness.TaskScore:
     """The folder of descriptions may be shared with other processes: its items are put back until these are read."""
     for attempt in range(_MOST_ATTEMPTS):
         task.write()
@@ -219,22 +244,6 @@ def _evaluate(lm: Any, task: ReadyTask, limit: int | None, kept: KeptAnswers) ->
                 raise
             time.sleep(random.SystemRandom().uniform(0, _LONGEST_WAIT_SECONDS))
     raise AssertionError
-
-
-def _read_kept(file: Path, key: str) -> dict[str, Any] | None:
-    """A task's results from an earlier run; None when there are none, or the file is damaged."""
-    if not file.is_file():
-        return None
-    try:
-        score = json.loads(file.read_text(encoding="utf-8"))
-        columns = score["items"]
-        if score["key"] != key:
-            return None
-        return score | {
-            "items": [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-        }
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return None
 
 
 def _facts_of(task: ReadyTask, score: Mapping[str, Any]) -> dict[str, Any]:
@@ -333,9 +342,9 @@ def _failures(facts: Mapping[str, Any], asked: Sequence[str], suite: str) -> lis
     return failed
 
 
-def _write(candidates: Sequence[_Candidate], facts: Mapping[str, Any]) -> None:
+def _write(candidates: Sequence[_Candidate], facts: Mapping[str, Any], cache: Path | None) -> None:
     """Results beside what was kept: one file a place, the comparison, and the tables as Markdown."""
-    for home in dict.fromkeys(candidate.home for candidate in candidates if candidate.home != _user_cache()):
+    for home in dict.fromkeys(of.home for of in candidates if cache is not None or of.run is not None):
         for candidate in candidates:
             if candidate.home == home:
                 name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in candidate.label)

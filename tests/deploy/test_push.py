@@ -435,7 +435,12 @@ def test_tasks_are_read_with_patience(tmp_path):
 def suite_result(tasks, *, limit=None, group=None, **more):
     """As `limbeck eval --suite` writes it of one model."""
     figures = {
-        name: {"group": group or name, "items": 40, "headline": "acc", "metrics": {"acc": {"value": value, "chance": 0.25}}}
+        name: {
+            "group": group or name,
+            "items": 40,
+            "headline": "acc",
+            "metrics": {"acc": {"value": value, "chance": 0.25}},
+        }
         for name, value in tasks.items()
     }
     return json.dumps({"lm_eval": "0.4.13", "limit": limit, "fingerprint": "f", "tasks": figures, "groups": {}, **more})
@@ -445,21 +450,36 @@ def test_only_the_students_task_scores_are_on_its_card(tmp_path):
     run = make_run(tmp_path)
     folder = run / "evaluation" / "tasks"
     folder.mkdir(parents=True)
-    (folder / "align.json").write_text(suite_result({"sciq": 0.1}, place="runs/z/arms/student/align"))  # of an older version
+    (folder / "align.json").write_text(
+        suite_result({"sciq": 0.1}, place="runs/z/arms/student/align")
+    )  # of an older version
     (folder / "from_scratch.json").write_text(suite_result({"sciq": 0.2, "piqa": 0.2}, place="x", arm="from_scratch"))
     teacher = json.loads(suite_result({"sciq": 0.9, "boolq": 0.9}, place="embedded", arm=None))
     (folder / "embedded.json").write_text(json.dumps(teacher))
-    (folder / "comparison.json").write_text(json.dumps({"places": {"embedded": teacher}, "comparison": {"first": "embedded"}}))
+    (folder / "comparison.json").write_text(
+        json.dumps({"places": {"embedded": teacher}, "comparison": {"first": "embedded"}})
+    )
     (folder / "run.json").write_text(suite_result({"sciq": 0.3}, place="runs/z", arm="student"))
-    (folder / "a-try.json").write_text(suite_result({"sciq": 0.4, "arc_easy": 0.4}, limit=40, place="a-try", arm="student"))
+    (folder / "a-try.json").write_text(
+        suite_result({"sciq": 0.4, "arc_easy": 0.4}, limit=40, place="a-try", arm="student")
+    )
     rows = {row.task: row for row in read_task_rows(folder)}
-    assert {task: (row.value, row.is_whole) for task, row in rows.items()} == {"sciq": (0.3, True), "arc_easy": (0.4, False)}
+    assert {task: (row.value, row.is_whole) for task, row in rows.items()} == {
+        "sciq": (0.3, True),
+        "arc_easy": (0.4, False),
+    }
     _, card = dry(run, tmp_path)
     assert "a try and no result: arc\\_easy" in card.text
 
 
 def test_a_large_group_is_one_row_of_the_card(tmp_path):
-    blimp = {"tasks": 9, "tasks_of_the_group": 67, "items": 360, "headline": "acc", "metrics": {"acc": {"value": 0.7, "chance": 0.5}}}
+    blimp = {
+        "tasks": 9,
+        "tasks_of_the_group": 67,
+        "items": 360,
+        "headline": "acc",
+        "metrics": {"acc": {"value": 0.7, "chance": 0.5}},
+    }
     names = [f"blimp_{number}" for number in range(9)]
     words = suite_result(dict.fromkeys(names, 0.7), group="blimp", place="runs/z")
     (tmp_path / "z.json").write_text(json.dumps(json.loads(words) | {"groups": {"blimp": blimp}}))

@@ -132,7 +132,11 @@ def test_accuracies_by_hand(tmp_path):
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     found = read_accuracies(sorted(tmp_path.glob("*.json")))
     assert {key[:2]: value for key, value in found["x"].items()} == {("sciq", 10): 0.5, ("blimp", 20): 0.75}
-    assert {key[:2]: value for key, value in found["y"].items()} == {("sciq", 10): 0.25, ("boolq", 10): 1.0, ("sciq", 3): 0.9}
+    assert {key[:2]: value for key, value in found["y"].items()} == {
+        ("sciq", 10): 0.25,
+        ("boolq", 10): 1.0,
+        ("sciq", 3): 0.9,
+    }
     assert mean_accuracies(found) == ({"x": 0.5, "y": 0.25}, ["sciq (10 items)"])
     assert mean_accuracies({"x": found["x"]})[0] == {"x": 0.625}
     assert mean_accuracies({"x": found["x"], "z": {("boolq", 3, ""): 1.0}}) == ({}, [])

@@ -81,7 +81,9 @@ def _suite_rows(content: Mapping[str, Any]) -> Iterator[TaskRow]:
 
 def _entries(content: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
     found = content.get(key)
-    return [(str(name), of) for name, of in found.items() if isinstance(of, Mapping)] if isinstance(found, Mapping) else []
+    return (
+        [(str(name), of) for name, of in found.items() if isinstance(of, Mapping)] if isinstance(found, Mapping) else []
+    )
 
 
 def _is_student(content: Mapping[str, Any]) -> bool:

@@ -99,7 +99,8 @@ def wrap_model(
     batch_size: requests the model reads at a time. max_length: most tokens (symbols) it reads at a time; by default what
     its configuration says.
 
-    Raises: EnvironmentFault when the harness is missing or of an unknown version; EvaluationError for sizes that cannot be.
+    Raises: EnvironmentFault when the harness is missing or of an unknown version; EvaluationError for sizes that cannot be,
+    and for a tokenizer that has no token to begin a text with.
     """
     harness_version()
     if batch_size < 1 or (max_length is not None and max_length < 2):
@@ -114,10 +115,14 @@ def wrap_model(
 
         LM.register(ByteLM)
         return ByteLM(model, tokenizer, batch_size=batch_size, max_length=max_length)
+    if tokenizer.bos_token_id is None and tokenizer.eos_token_id is None:
+        raise EvaluationError(
+            "the tokenizer has neither a BOS nor an EOS token; lm-eval needs one to stand before a text. Set bos_token in "
+            "its tokenizer_config.json, or eos_token."
+        )
     with _silence():
         return _token_class()(
-            pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size,
-            max_length=max_length,
+            pretrained=model, tokenizer=copy.deepcopy(tokenizer), backend="causal", batch_size=batch_size, max_length=max_length
         )  # fmt: skip
 
 

@@ -52,7 +52,9 @@ def _accuracies_of(place: Mapping[str, Any], version: Any) -> Accuracies:
             f"{name} {task.get('data_sha256')} {task.get('version')} {version}"
         )
     return {
-        (name, int(facts["items"]), " ".join(sorted(members.get(name, ())))): float(facts["metrics"][facts["headline"]]["value"])
+        (name, int(facts["items"]), " ".join(sorted(members.get(name, ())))): float(
+            facts["metrics"][facts["headline"]]["value"]
+        )
         for name, facts in {**alone, **groups}.items()
         if facts["headline"] in _ACCURACIES
     }

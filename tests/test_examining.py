@@ -440,3 +440,52 @@ def test_a_model_that_cannot_be_scored_on_text_does_not_take_the_others_with_it(
     assert (shown.exit_code, "perplexity" in shown.stdout) == (2, True)
     nothing = CliRunner().invoke(app, ["compare", str(broken), str(tmp_path / "none"), *options])
     assert (nothing.exit_code, nothing.stdout) == (2, "")
+
+
+def test_results_of_another_lm_eval_are_said_and_not_mixed(model, data, tmp_path, asked, monkeypatch):
+    said: list[str] = []
+    options = {"tasks": ["sciq"], "data": data, "limit": LIMIT, "cache": tmp_path, "device": "cpu", "say": said.append}
+    monkeypatch.setattr(harness, "harness_version", lambda: "0.4.11")
+    examine([str(model)], **options)
+    assert not [line for line in said if "0.4.11" in line]
+    monkeypatch.setattr(harness, "harness_version", lambda: "0.4.13")
+    facts = examine([str(model)], **options)
+    assert asked == ["sciq", "sciq"]
+    assert [line for line in said if "results of lm-eval 0.4.11 are kept as well; they are not mixed" in line]
+    assert facts["protocol"]["lm_eval"] == "0.4.13"
+
+
+def test_an_evaluation_that_is_stopped_says_what_it_has(model, data, tmp_path, monkeypatch):
+    said: list[str] = []
+    options = {"tasks": ["sciq", "piqa"], "data": data, "limit": LIMIT, "cache": tmp_path, "device": "cpu"}
+    real = harness.evaluate_task
+
+    def evaluate_task(lm, task, **more):
+        if task == "piqa":
+            raise KeyboardInterrupt
+        return real(lm, task, **more)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(harness, "evaluate_task", evaluate_task)
+        with pytest.raises(KeyboardInterrupt):
+            examine([str(model)], **options, say=said.append)
+    assert f"{model.name}: 1 of 2 tasks are done and kept: sciq " in said[-1]
+    facts = examine([str(model)], **options, say=said.append)
+    assert any("1 of 2 tasks are kept from before" in line for line in said)
+    assert not facts["failed"]
+
+
+def test_a_place_may_be_the_folder_one_is_in(run, data, monkeypatch):
+    monkeypatch.chdir(run)
+    options = {"tasks": ["sciq"], "data": data, "limit": LIMIT, "device": "cpu"}
+    assert list(examine(["."], **options)["places"]) == [run.name]
+    assert (run / "evaluation" / "tasks" / f"{run.name}.json").is_file()
+    assert json.loads((run / "evaluation" / "tasks" / f"{run.name}.json").read_text())["arm"] == "student"
+
+
+def test_a_run_called_comparison_keeps_its_results(run, model, data):
+    named = run.rename(run.with_name("comparison"))
+    examine([str(named), str(model)], tasks=["sciq"], data=data, limit=LIMIT, device="cpu")
+    folder = named / "evaluation" / "tasks"
+    assert "places" in json.loads((folder / "comparison.json").read_text())
+    assert json.loads((folder / "comparison-1.json").read_text())["tasks"]["sciq"]["items"] == LIMIT

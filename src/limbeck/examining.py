@@ -32,7 +32,7 @@ from limbeck.evaluate.contamination import (
 )  # fmt: skip
 from limbeck.evaluate.efficiency import parameter_facts
 from limbeck.evaluate.kept_answers import KeptAnswers
-from limbeck.evaluate.kept_results import read_result, write_result
+from limbeck.evaluate.kept_results import read_result, version_of, write_result
 from limbeck.evaluate.suite import choose_tasks, suite_tasks
 from limbeck.evaluate.task_folder import OtherItems, ReadyTask, prepare_tasks
 from limbeck.evaluate.task_progress import TaskProgress
@@ -106,9 +106,16 @@ def examine(
         say(f"not run: {line}")
     settings = {"lm_eval": version, "limit": limit, "batch_size": batch_size, "device": where.type}
     progress = TaskProgress(say, {name: of.items for name, of in ready.items()}, limit=limit, places=len(candidates))
-    for candidate in candidates:
-        _run_tasks(candidate, ready, settings, progress)
-        candidate.facts |= {"groups": _groups(candidate.facts["tasks"], suite)}
+    for line in dict.fromkeys(line for candidate in candidates for line in _other_versions(candidate, version)):
+        say(line)
+    try:
+        for candidate in candidates:
+            _run_tasks(candidate, ready, settings, progress)
+            candidate.facts |= {"groups": _groups(candidate.facts["tasks"], suite)}
+    except (KeyboardInterrupt, SystemExit):
+        for line in _done_so_far(candidates, len(ready)):
+            say(line)
+        raise
     searched: dict[Any, tuple[Touched, list[str]]] = {}
     for candidate in candidates:
         if (found := _contamination(candidate, ready, searched)) is not None:
@@ -133,8 +140,14 @@ def _labels(places: Sequence[str]) -> list[str]:
     """A short name for each place: its last part where that is enough to tell them apart."""
     if len(set(places)) != len(places):
         raise EvaluationError("a place is given twice; give each model once.")
-    short = [Path(place.rstrip("/")).name or place for place in places]
+    short = [_name_of(place) for place in places]
     return [name if short.count(name) == 1 else place for name, place in zip(short, places, strict=True)]
+
+
+def _name_of(place: str) -> str:
+    """The last part of a place; of `.` and `..` that of the folder they mean."""
+    name = Path(place.rstrip("/")).name
+    return (Path(place).resolve().name if name in ("", "..") else name) or place
 
 
 def _open(place: str, label: str, cache: Path | None, device: torch.device) -> _Candidate:
@@ -201,6 +214,29 @@ def _run_tasks(
             progress.end(name, f"{facts['headline']} {facts['metrics'][facts['headline']]['value']:.4g}")
     if from_before:
         progress.tell(f"{candidate.label}: {from_before} of {len(ready)} tasks are kept from before, in {folder}")
+
+
+def _other_versions(candidate: _Candidate, version: str) -> list[str]:
+    """What is to be said of results that another lm-eval gave: they are neither used nor touched."""
+    folder = candidate.home / "kept" / candidate.fingerprint[:16]
+    found = {said for file in folder.glob("*.json") if (said := version_of(file)) not in (None, version)}
+    return [
+        f"{candidate.label}: results of lm-eval {', '.join(sorted(map(str, found)))} are kept as well; they are not mixed with those of "
+        f"{version}, which is installed: its tasks are asked anew"
+    ] if found else []  # fmt: skip
+
+
+def _done_so_far(candidates: Sequence[_Candidate], tasks: int) -> list[str]:
+    """What an evaluation that is stopped has to show; all of it is kept."""
+    lines = []
+    for candidate in (one for one in candidates if one.facts["tasks"]):
+        found = candidate.facts["tasks"]
+        figures = ", ".join(
+            f"{name} {of['metrics'][of['headline']]['value']:.4g}" for name, of in list(found.items())[:12]
+        )
+        more = f" and {len(found) - 12} more" if len(found) > 12 else ""
+        lines.append(f"{candidate.label}: {len(found)} of {tasks} tasks are done and kept: {figures}{more}")
+    return lines
 
 
 def _wrap(candidate: _Candidate, settings: Mapping[str, Any]) -> Any:
@@ -348,6 +384,7 @@ def _write(candidates: Sequence[_Candidate], facts: Mapping[str, Any], cache: Pa
         for candidate in candidates:
             if candidate.home == home:
                 name = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in candidate.label)
+                name = f"{name}-1" if name == "comparison" else name  # that is the file of the whole comparison
                 write_json(home / f"{name}.json", facts["protocol"] | {"not_run": facts["not_run"]} | candidate.facts)
         if len(candidates) > 1:
             write_json(home / "comparison.json", facts)

@@ -4,7 +4,7 @@ import random
 
 import pytest
 
-from limbeck.evaluate.contamination import OverlapIndex, contamination_facts, words_of
+from limbeck.evaluate.contamination import RUN_WORDS, OverlapIndex, contamination_facts, words_of
 
 THIRTEEN = "one two three four five six seven eight nine ten eleven twelve thirteen"
 
@@ -86,3 +86,19 @@ def test_the_score_on_clean_items():
     assert facts["share"] == pytest.approx(1 / 3)
     assert facts["clean_value"] == 0.5
     assert contamination_facts("task", items[:1], "acc", touched)["clean_value"] is None
+
+
+def test_one_writing_of_a_letter_is_like_another_and_marks_do_not_cut_words():
+    assert (
+        words_of("na\u00efve Stra\u00dfe \ufb01ne")
+        == words_of("NAI\u0308VE STRASSE fine")
+        == ["na\u00efve", "strasse", "fine"]
+    )
+    assert words_of("\u0939\u093f\u0928\u094d\u0926\u0940 \u092d\u093e\u0937\u093e") == [
+        "\u0939\u093f\u0928\u094d\u0926\u0940",
+        "\u092d\u093e\u0937\u093e",
+    ]
+    assert words_of("x_y 3.14 \u65e5\u672c\u8a9e\u3002") == ["x", "y", "3", "14", "\u65e5\u672c\u8a9e"]
+    composed = " ".join(f"caf\u00e9{number}" for number in range(RUN_WORDS))
+    found = OverlapIndex.build({"t": [(composed,)]}).touched([composed.replace("\u00e9", "e\u0301")])
+    assert found.items == {("t", 0)}

@@ -205,3 +205,12 @@ def test_tasks_beyond_the_suite_are_had_by_name_alone(tmp_path, task):
 def test_bad_rows_of_those(task, change, message):
     with pytest.raises(EvaluationError, match=message):
         items_of_rows(task, [BEYOND[task] | change], source="here")
+
+
+def test_a_mark_of_byte_order_is_no_part_of_a_text(tmp_path):
+    row = json.dumps({"goal": "Sit.", "sol1": "a", "sol2": "b", "label": 0})
+    (tmp_path / "piqa.jsonl").write_bytes(b"\xef\xbb\xbf" + row.encode() + b"\r\n")
+    (tmp_path / "wiki.test.raw").write_bytes(b"\xef\xbb\xbf = A = \n x\n")
+    files = search_folder(tmp_path)
+    assert read_items("piqa", files).rows[0]["goal"] == "Sit."
+    assert read_items("wikitext", files).rows == ({"page": " = A = \n x\n"},)

@@ -7,7 +7,9 @@ there whole documents are cut around a match, and the length of the run depends 
 
 from __future__ import annotations
 
+import functools
 import re
+import unicodedata
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,13 +20,25 @@ RUN_WORDS = 13
 LEAST_WORDS = 8
 MOST_CHARACTERS = 100_000_000
 
-_WORD = re.compile(r"[^\W_]+")
 _APOSTROPHE = re.compile(r"(?<=\w)['\u2019](?=\w)")
 
 
 def words_of(text: str) -> list[str]:
-    """The words of a text as they are compared: lower case, without punctuation ("don't" is one word)."""
-    return _WORD.findall(_APOSTROPHE.sub("", text.lower()))
+    """The words of a text as they are compared: without case and punctuation ("don't" is one word).
+
+    Letters that can be written in several ways are one (NFKC), and marks belong to the letter before them: vowel signs, as
+    in Hindi, do not end a word.
+    """
+    plain = text.casefold() if text.isascii() else unicodedata.normalize("NFKC", text).casefold()
+    return _word_pattern(plain.isascii()).findall(_APOSTROPHE.sub("", plain))
+
+
+@functools.cache
+def _word_pattern(is_ascii: bool) -> re.Pattern[str]:
+    if is_ascii:
+        return re.compile(r"[^\W_]+")
+    marks = "".join(mark for mark in map(chr, range(0x300, 0x20000)) if unicodedata.category(mark) in ("Mn", "Mc"))
+    return re.compile(rf"[^\W_]+(?:[{marks}]+[^\W_]*)*")
 
 
 @dataclass

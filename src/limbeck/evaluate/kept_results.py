@@ -47,6 +47,16 @@ def read_result(file: Path, key: str) -> dict[str, Any] | None:
         return None
 
 
+def version_of(file: Path) -> str | None:
+    """The version of lm-eval that a kept result is of; None when that cannot be read."""
+    try:
+        score = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    said = score.get("harness_version") if isinstance(score, dict) else None
+    return said if isinstance(said, str) else None
+
+
 def _is_sound(score: Mapping[str, Any], items: list[dict[str, float]]) -> bool:
     numbers = [value for item in items for value in item.values()]
     numbers += [score["seconds"], *score["metrics"].values()]

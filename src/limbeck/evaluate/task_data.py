@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import statistics
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,7 +155,7 @@ def _checked(path: Path, form: _Form) -> list[Row]:
             f"{path} has {size:,} bytes; task files of up to {MOST_FILE_BYTES:,} are read. Is it the right file?"
         )
     if path.suffix != ".jsonl":
-        return [{"page": page} for page in split_articles(_decode(path.read_bytes(), str(path)))]
+        return [{"page": page} for page in split_articles(_decode(path.read_bytes().removeprefix(BOM_UTF8), str(path)))]
     rows = []
     with open(path, "rb") as stream:
         for number in itertools.count(1):
@@ -162,6 +163,7 @@ def _checked(path: Path, form: _Form) -> list[Row]:
             if not line:
                 break
             where = f"{path}:{number}"
+            line = line.removeprefix(BOM_UTF8) if number == 1 else line
             if len(line) > MOST_LINE_BYTES or number > MOST_ROWS:
                 what = (
                     f"a line of more than {MOST_LINE_BYTES:,} bytes"

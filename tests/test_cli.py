@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 import limbeck
 from limbeck.cli import app
-from limbeck.console import finite, words
+from limbeck.console import finite, show_facts, words
 from limbeck.core.errors import DataError
 from limbeck.recipe_io import load_recipe
 
@@ -301,3 +301,27 @@ def test_figures_are_written_for_people():
     assert words(12_345_678, unit="tokens") == "12.3 M"
     assert [words(value) for value in (None, True, [], [1, 2], "x")] == ["-", "yes", "-", "1, 2", "x"]
     assert finite({"a": [float("inf"), 1.5], "b": {2}}) == {"a": [None, 1.5], "b": [2]}
+
+
+def test_a_table_never_breaks_a_word(monkeypatch, capsys):
+    """Long names of places and tasks stay whole at 80 columns: rows stand one below the other where they do not fit."""
+    monkeypatch.setenv("COLUMNS", "80")
+    place = "runs/2026-11/hyena-70m-from-pythia/arms/from_scratch"
+    show_facts(
+        {"places": [{"place": place, "text": "/data/wiki.valid.raw (all)", "perplexity": 41.23}] * 2}, as_json=False
+    )
+    shown = capsys.readouterr().out
+    assert shown.count(place) == 2
+    assert "41.23" in shown
+    cells = {
+        "task": "lambada_openai perplexity",
+        "a": "4.3e+07 ±4.4e+07",
+        "b": "4.3e+07 ±4.4e+07 win",
+        "c": "4.3e+07 ±4.4e+07 lose",
+    }
+    show_facts({"tasks": [cells]}, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert any("lambada_openai" in line and "4.3e+07" in line for line in lines), (
+        "what fits when broken at blanks is a table"
+    )
+    assert max(map(len, lines)) <= 80

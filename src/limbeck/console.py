@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 STOPPED = {130: "Ctrl-C", 143: "SIGTERM"}
+_COLUMN_GAP = 3
 
 
 class Commands(TyperGroup):
@@ -135,18 +136,34 @@ def _show_list(title: str, values: list[Any]) -> None:
         for value in values:
             show(f"{title.rstrip('s')}: {value}")
         return
-    table = _table(title)
     columns = list(dict.fromkeys(key for value in values for key in value))
     rows = [[words(value.get(column), unit=column) for column in columns] for value in values]
-    for column, cells in zip(columns, zip(*rows, strict=True), strict=True):
-        if all(isinstance(value.get(column), str) for value in values):
-            table.add_column(_label(column), overflow="fold")
-        else:
-            narrowest = max(map(len, [*cells, *_label(column).split()]))
-            table.add_column(_label(column), justify="right", min_width=narrowest)
+    is_text = [all(isinstance(value.get(column), str) for value in values) for column in columns]
+    narrowest = [
+        max(
+            map(
+                len, [*(part for cell in cells for part in (cell.split() if text else [cell])), *_label(column).split()]
+            )
+        )
+        for column, cells, text in zip(columns, zip(*rows, strict=True), is_text, strict=True)
+    ]
+    if any(is_text) and sum(narrowest) + _COLUMN_GAP * len(columns) > _console().width:
+        _show_one_by_one(title, columns, rows)
+        return
+    table = _table(title)
+    for column, text, least in zip(columns, is_text, narrowest, strict=True):
+        table.add_column(_label(column), min_width=least, **({"overflow": "fold"} if text else {"justify": "right"}))
     for row in rows:
         table.add_row(*row)
     _console().print(table)
+
+
+def _show_one_by_one(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    """A table whose words do not fit beside each other: each row by itself, a line for each column."""
+    show(_label(title))
+    for row in rows:
+        _show_rows(None, dict(zip(columns, row, strict=True)))
+        show()
 
 
 def _table(title: str | None, *, show_header: bool = True) -> Any:

@@ -126,13 +126,7 @@ def examine(
         "comparison": _compare(candidates), "not_run": missing, "failed": [],
     }  # fmt: skip
     facts["failed"] = _failures(facts, tasks, suite)
-    try:
-        _write(candidates, facts, cache)
-    except (EnvironmentFault, OSError) as error:
-        candidates[0].not_kept.append(str(error))
-    facts["failed"] += [
-        f"not kept: {line}" for line in dict.fromkeys(line for of in candidates for line in of.not_kept[:1])
-    ]
+    facts["failed"] += _keep_facts(candidates, facts, cache)
     return facts
 
 
@@ -376,6 +370,15 @@ def _failures(facts: Mapping[str, Any], asked: Sequence[str], suite: str) -> lis
             if not any(member in of["tasks"] for member in members):
                 failed.append(f"{label}: {name} was not run. {reasons.get(members[0], '')}".strip())
     return failed
+
+
+def _keep_facts(candidates: Sequence[_Candidate], facts: Mapping[str, Any], cache: Path | None) -> list[str]:
+    """Write the facts, and say what of this or of earlier results could not be written."""
+    try:
+        _write(candidates, facts, cache)
+    except (EnvironmentFault, OSError) as error:
+        candidates[0].not_kept.append(str(error))
+    return [f"not kept: {line}" for line in dict.fromkeys(line for of in candidates for line in of.not_kept[:1])]
 
 
 def _write(candidates: Sequence[_Candidate], facts: Mapping[str, Any], cache: Path | None) -> None:

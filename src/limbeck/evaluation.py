@@ -93,17 +93,17 @@ def compare_places(places: Sequence[str], **options: Any) -> list[dict[str, Any]
         options["texts"] = [f"{text['source']}:{text['split']}" for text in settings.get("texts", [])]
         for key in ("context_tokens", "stride_tokens", "max_tokens"):
             options[key] = options.get(key) or settings.get(key)
-    found: list[dict[str, Any]] = []
+    scored: list[dict[str, Any]] = []
     errors: list[LimbeckError] = []
     for place in places:
         try:
-            found.append(evaluate_place(place, **options))
+            scored.append(evaluate_place(place, **options))
         except LimbeckError as error:
             errors.append(error)
-            found.append({"place": place, "failed": str(error)})
+            scored.append({"place": place, "failed": str(error)})
     if len(errors) == len(places):
         raise errors[0]
-    return found
+    return scored
 
 
 def compare_robustness(

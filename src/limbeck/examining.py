@@ -125,8 +125,8 @@ def examine(
         "places": {candidate.label: candidate.facts for candidate in candidates},
         "comparison": _compare(candidates), "not_run": missing, "failed": [],
     }  # fmt: skip
-    facts["failed"] = _failures(facts, tasks, suite)
-    facts["failed"] += _keep_facts(candidates, facts, cache)
+    failed = facts["failed"] = _failures(facts, tasks, suite)
+    failed += _keep_facts(candidates, facts, cache)
     return facts
 
 
@@ -149,7 +149,11 @@ def _open(place: str, label: str, cache: Path | None, device: torch.device) -> _
     loaded = open_place(place, device=device)
     home = cache or (_home_of_run(run) if run else _user_cache())
     fingerprint = model_fingerprint(loaded)
-    facts = {"place": place, "arm": None if run is None else arm_of(run, Path(place)), "fingerprint": fingerprint}
+    facts: dict[str, Any] = {
+        "place": place,
+        "arm": None if run is None else arm_of(run, Path(place)),
+        "fingerprint": fingerprint,
+    }
     facts |= {**parameter_facts(loaded.model), "tasks": {}, "failed": {}}
     return _Candidate(place, label, home, run, loaded, fingerprint, facts)
 

@@ -14,6 +14,7 @@ LAYERS = [
     {
         "cli",
         "cli_costs",
+        "cli_generate",
         "cli_judge",
         "cli_paper",
         "cli_share",

@@ -50,7 +50,9 @@ class FakePipeline:
                 evaluate_place=self.answer(score), compare_places=self.answer([score, score]),
                 render_report=self.answer(REPORT),
             ),
-            "writing": types.SimpleNamespace(generate_from=self.answer(iter(["Once", " upon"]))),
+            "writing": types.SimpleNamespace(
+                generate_from=self.answer(iter(["Once", " upon"])), prepare_process=lambda place: None
+            ),
         }  # fmt: skip
 
 
@@ -78,8 +80,8 @@ def test_importing_the_commands_and_asking_for_help_loads_nothing_heavy():
     code = f"import sys, limbeck.cli; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     assert python(code).stdout.strip() == "[]"
     code = (
-        "import sys\nsys.argv = ['limbeck', '--help']\nimport limbeck.cli\n"
-        "try: limbeck.cli.main()\nexcept SystemExit as end: assert not end.code\n"
+        "import sys\nsys.argv = ['limbeck', '--help']\nimport limbeck.__main__\n"
+        "try: limbeck.__main__.main()\nexcept SystemExit as end: assert not end.code\n"
         "print(sorted({'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
     )
     assert python(code).stdout.strip().endswith("[]")
@@ -231,11 +233,11 @@ def test_json_faults_leave_stdout_empty(fake):
 
 def test_sigterm_ends_with_143():
     code = (
-        "import sys, types, time, limbeck, limbeck.cli\n"
+        "import sys, types, time, limbeck, limbeck.__main__\n"
         "def wait(*args, **kwargs):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "sys.modules['limbeck.pipeline'] = limbeck.pipeline = types.SimpleNamespace(run=wait)\n"
         "sys.argv = ['limbeck', 'run', 'demo']\n"
-        "limbeck.cli.main()\n"
+        "limbeck.__main__.main()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "ready"
@@ -249,7 +251,7 @@ def test_sigterm_ends_with_143():
 def test_a_closed_pipe_is_no_fault():
     reader, writer = os.pipe()
     os.close(reader)
-    code = "import sys\nsys.argv = ['limbeck', 'schema']\nimport limbeck.cli\nlimbeck.cli.main()"
+    code = "import sys\nsys.argv = ['limbeck', 'schema']\nimport limbeck.__main__\nlimbeck.__main__.main()"
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert "Traceback" not in done.stderr

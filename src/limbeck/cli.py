@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -260,6 +258,7 @@ def generate(
     """Continue a text with a run's student, as it is written; the text itself is not repeated."""
     from limbeck import writing
 
+    writing.prepare_process(place)
     pieces = []
     with quiet_stdout(when=as_json):
         for piece in writing.generate_from(
@@ -345,19 +344,3 @@ def _open(path: Path) -> None:
 for _command in (robustness, efficiency, paper, push, capture, explain):
     app.command()(_command)
 app.add_typer(store_app, name="store")
-
-
-def _terminate(_number: int, _frame: object) -> None:
-    raise SystemExit(143)
-
-
-def main() -> None:
-    """The entry point of the `limbeck` command."""
-    # OpenMP threads that wait must not spin for long: beside another busy process the default makes training 20 times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    signal.signal(signal.SIGTERM, _terminate)
-    app()
-
-
-if __name__ == "__main__":
-    main()

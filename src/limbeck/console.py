@@ -34,34 +34,37 @@ class Commands(TyperGroup):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise _leave(130, _stopped(130)) from error
-        except SystemExit as error:
-            if error.code in STOPPED:
-                say(_stopped(int(error.code)))
-            raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             if type(error).__module__.startswith(("click", "typer")) or _is_closed_pipe(error):
                 raise
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            raise _leave(*explain_fault(error)) from error
+            raise typer.Exit(settle(error, debug=ctx.params.get("debug", False))) from error
 
 
-def _leave(code: int, message: str) -> typer.Exit:
+def settle(error: BaseException, *, debug: bool = False) -> int:
+    """Say what ended a command, and return the exit code. debug: with where it happened."""
+    if isinstance(error, KeyboardInterrupt):
+        error = SystemExit(130)
+    if isinstance(error, SystemExit):
+        if error.code in STOPPED:
+            say(_stopped(int(error.code)))
+            return int(error.code)
+        raise error
+    if debug:
+        traceback.print_exception(error)
+    code, message = explain_fault(error)
     say(message)
-    return typer.Exit(code)
+    return code
 
 
 def _stopped(code: int) -> str:
     return f"stopped by {STOPPED[code]}; the same command continues"
 
 
-def _is_closed_pipe(error: Exception) -> bool:
+def _is_closed_pipe(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EPIPE
 
 
-def explain_fault(error: Exception) -> tuple[int, str]:
+def explain_fault(error: BaseException) -> tuple[int, str]:
     """The exit code and the message for a fault."""
     if isinstance(error, LimbeckError):
         return 2, f"{error}\n{_read_on(error.code)}"

@@ -120,6 +120,65 @@ def test_the_end_of_a_run_says_what_came_out_where_it_is_and_what_to_type_next(f
     ]  # fmt: skip
 
 
+def test_a_run_says_at_once_that_it_begins(fake, monkeypatch):
+    fake(DataError("bad"))
+    assert run("run", "demo").stderr.startswith("reading the recipe demo, then teacher and text ...\n")
+    assert run("run", "demo", "--json").stderr.startswith("noise")
+    monkeypatch.setenv("RANK", "1")
+    assert "reading" not in run("run", "demo").stderr
+
+
+def test_a_run_begins_to_speak_before_anything_heavy_is_loaded():
+    code = (
+        "import sys, limbeck.cli\n"
+        "def tell(text): print(text, sorted({'torch', 'pydantic', 'ruamel'} & set(sys.modules))); raise SystemExit\n"
+        "limbeck.cli.say_beginning = tell\n"
+        "limbeck.cli._run('demo', [], budget=1.0, run_folder=None, open_report=False, as_json=False)"
+    )
+    assert python(code).stdout.strip().endswith("... []")
+
+
+class Ranks:
+    """Processes of one run, one after the other, with the store that torchrun keeps for them."""
+
+    def __init__(self, monkeypatch):
+        from torch.distributed import TCPStore
+
+        self.monkeypatch = monkeypatch
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+
+    def run(self, rank, *args):
+        self.monkeypatch.setenv("RANK", str(rank))
+        return run(*args)
+
+
+def test_of_many_processes_one_says_what_all_of_them_met(monkeypatch):
+    ranks = Ranks(monkeypatch)
+    first, second = (ranks.run(rank, "run", "demo", "sed=1") for rank in (0, 1))
+    assert 'Did you mean "seed"?' in first.stderr
+    assert (first.exit_code, second.exit_code, second.output) == (2, 2, "")
+    assert 'rank 1: override "sed=2"' in ranks.run(1, "run", "demo", "sed=2").stderr
+
+
+def test_what_one_process_met_alone_is_said_with_its_rank(monkeypatch):
+    ranks = Ranks(monkeypatch)
+    monkeypatch.setattr("limbeck.core.shared_fault.SECONDS", 0.2)
+    alone = ranks.run(1, "run", "demo", "sed=1")
+    assert alone.exit_code == 2
+    assert alone.stderr.startswith('rank 1: override "sed=1"')
+    monkeypatch.setenv("MASTER_PORT", "none")
+    assert ranks.run(1, "run", "demo", "sed=1").stderr.startswith("rank 1: ")
+
+
+def test_the_stop_of_many_processes_is_said_once(fake, monkeypatch):
+    fake(SystemExit(143))
+    monkeypatch.setenv("RANK", "1")
+    stopped = run("run", "demo")
+    assert (stopped.exit_code, "stopped by" in stopped.stderr) == (143, False)
+
+
 def test_the_demo_is_the_demo_preset(fake):
     pipeline = fake()
     assert run("demo", "--budget", "10x").exit_code == 0

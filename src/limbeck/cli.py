@@ -15,7 +15,7 @@ from limbeck.cli_paper import paper
 from limbeck.cli_share import push
 from limbeck.cli_store import capture, store_app
 from limbeck.cli_tasks import BatchSize, KeepTasks, Limit, Suite, TaskCache, TaskData, Tasks, show_suite, wants_suite
-from limbeck.console import Commands, quiet_stdout, say, show, show_facts
+from limbeck.console import Commands, quiet_stdout, say, say_beginning, show, show_facts
 from limbeck.explain import explain
 
 app = typer.Typer(
@@ -112,6 +112,8 @@ def run(
 def _run(
     name: str, overrides: list[str], *, budget: float, run_folder: Path | None, open_report: bool, as_json: bool
 ) -> None:
+    if not as_json:
+        say_beginning(f"reading the recipe {name}, then teacher and text ...")
     from limbeck.recipe import with_budget
     from limbeck.recipe_io import load_recipe
 

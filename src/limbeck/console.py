@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -41,19 +42,37 @@ class Commands(TyperGroup):
 
 
 def settle(error: BaseException, *, debug: bool = False) -> int:
-    """Say what ended a command, and return the exit code. debug: with where it happened."""
+    """Say what ended a command, and return the exit code. debug: with where it happened.
+
+    Of several processes under torchrun rank 0 says it; another says what it met alone.
+    """
+    rank, is_one_of_many = _rank()
     if isinstance(error, KeyboardInterrupt):
         error = SystemExit(130)
     if isinstance(error, SystemExit):
-        if error.code in STOPPED:
+        if error.code not in STOPPED:
+            raise error
+        if rank == 0:
             say(_stopped(int(error.code)))
-            return int(error.code)
-        raise error
+        return int(error.code)
+    code, message = explain_fault(error)
+    if is_one_of_many:
+        from limbeck.core.shared_fault import is_said_by_rank_0
+
+        if is_said_by_rank_0(message, rank=rank):
+            return code
     if debug:
         traceback.print_exception(error)
-    code, message = explain_fault(error)
-    say(message)
+    say(message if rank == 0 else f"rank {rank}: {message}")
     return code
+
+
+def _rank() -> tuple[int, bool]:
+    """This process's number among those that torchrun started, and whether there are others; without loading torch."""
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    except ValueError:
+        return 0, False
 
 
 def _stopped(code: int) -> str:
@@ -93,6 +112,12 @@ def _read_on(code: str) -> str:
 def say(text: str) -> None:
     """A line for the person, on stderr."""
     _console(stderr=True).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def say_beginning(text: str) -> None:
+    """`say` before the first heavy import, by one process of a run only."""
+    if _rank()[0] == 0:
+        say(text)
 
 
 def show(text: str = "", *, at_words: bool = False) -> None:

@@ -44,6 +44,7 @@ LAYERS = [
         "publishing_words",
         "writing",
         "planning",
+        "planning_texts",
         "preflight",
         "plugins",
         "teaching_costs",

@@ -152,7 +152,7 @@ def _show_end(report: dict[str, Any], folder: Path) -> None:
 
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None, budget: Budget = "1x", as_json: Json = False) -> None:  # type: ignore[assignment]
-    """Say what a recipe would cost: parameters, operations, memory, disk, time. Loads no weights."""
+    """Say what a recipe would cost, and whether its texts can be read. Loads no weights."""
     from limbeck.recipe import with_budget
     from limbeck.recipe_io import load_recipe
 

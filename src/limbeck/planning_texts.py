@@ -48,7 +48,11 @@ def look_at_texts(recipe: Recipe) -> TextFindings:
     Texts of the hub and target stores are named, but not opened.
     """
     found = TextFindings()
-    uses = {"training": recipe.data.train, "held out": recipe.data.heldout, "evaluation": recipe.evaluation.texts or []}
+    uses: dict[str, list[Any]] = {
+        "training": list(recipe.data.train),
+        "held out": list(recipe.data.heldout),
+        "evaluation": list(recipe.evaluation.texts or []),
+    }
     pace: float | None = None
     for use, sources in uses.items():
         for words in sources:

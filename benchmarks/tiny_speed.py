@@ -52,7 +52,7 @@ list(continue_bytes(load_bare(Path(sys.argv[1])), sys.argv[2], max_new_tokens=64
 """
 COMMAND = """
 sys.argv = ["limbeck", "generate", sys.argv[1], sys.argv[2], "--max-new-tokens", "64"]
-from limbeck.cli import main
+from limbeck.__main__ import main
 main()
 """
 FRESH = {"generate": COMMAND, "without transformers": BARE, "import torch": "import torch"}

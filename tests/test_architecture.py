@@ -14,6 +14,7 @@ LAYERS = [
     {
         "cli",
         "cli_costs",
+        "cli_generate",
         "cli_judge",
         "cli_paper",
         "cli_share",
@@ -43,6 +44,7 @@ LAYERS = [
         "publishing_words",
         "writing",
         "planning",
+        "planning_texts",
         "preflight",
         "plugins",
         "teaching_costs",

@@ -50,7 +50,9 @@ class FakePipeline:
                 evaluate_place=self.answer(score), compare_places=self.answer([score, score]),
                 render_report=self.answer(REPORT),
             ),
-            "writing": types.SimpleNamespace(generate_from=self.answer(iter(["Once", " upon"]))),
+            "writing": types.SimpleNamespace(
+                generate_from=self.answer(iter(["Once", " upon"])), prepare_process=lambda place: None
+            ),
         }  # fmt: skip
 
 
@@ -78,8 +80,8 @@ def test_importing_the_commands_and_asking_for_help_loads_nothing_heavy():
     code = f"import sys, limbeck.cli; print(sorted(set({HEAVY!r}) & set(sys.modules)))"
     assert python(code).stdout.strip() == "[]"
     code = (
-        "import sys\nsys.argv = ['limbeck', '--help']\nimport limbeck.cli\n"
-        "try: limbeck.cli.main()\nexcept SystemExit as end: assert not end.code\n"
+        "import sys\nsys.argv = ['limbeck', '--help']\nimport limbeck.__main__\n"
+        "try: limbeck.__main__.main()\nexcept SystemExit as end: assert not end.code\n"
         "print(sorted({'torch', 'transformers', 'pydantic', 'numpy'} & set(sys.modules)))"
     )
     assert python(code).stdout.strip().endswith("[]")
@@ -116,6 +118,65 @@ def test_the_end_of_a_run_says_what_came_out_where_it_is_and_what_to_type_next(f
         "It worked.", "+ speed", "- recall", "! one seed", "", f"report: {folder}/report.html",
         f"next:   limbeck generate '{folder}' 'The capital'\"'\"'s'",
     ]  # fmt: skip
+
+
+def test_a_run_says_at_once_that_it_begins(fake, monkeypatch):
+    fake(DataError("bad"))
+    assert run("run", "demo").stderr.startswith("reading the recipe demo, then teacher and text ...\n")
+    assert run("run", "demo", "--json").stderr.startswith("noise")
+    monkeypatch.setenv("RANK", "1")
+    assert "reading" not in run("run", "demo").stderr
+
+
+def test_a_run_begins_to_speak_before_anything_heavy_is_loaded():
+    code = (
+        "import sys, limbeck.cli\n"
+        "def tell(text): print(text, sorted({'torch', 'pydantic', 'ruamel'} & set(sys.modules))); raise SystemExit\n"
+        "limbeck.cli.say_beginning = tell\n"
+        "limbeck.cli._run('demo', [], budget=1.0, run_folder=None, open_report=False, as_json=False)"
+    )
+    assert python(code).stdout.strip().endswith("... []")
+
+
+class Ranks:
+    """Processes of one run, one after the other, with the store that torchrun keeps for them."""
+
+    def __init__(self, monkeypatch):
+        from torch.distributed import TCPStore
+
+        self.monkeypatch = monkeypatch
+        self.store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": self.store.port, "WORLD_SIZE": 2}.items():
+            monkeypatch.setenv(name, str(value))
+
+    def run(self, rank, *args):
+        self.monkeypatch.setenv("RANK", str(rank))
+        return run(*args)
+
+
+def test_of_many_processes_one_says_what_all_of_them_met(monkeypatch):
+    ranks = Ranks(monkeypatch)
+    first, second = (ranks.run(rank, "run", "demo", "sed=1") for rank in (0, 1))
+    assert 'Did you mean "seed"?' in first.stderr
+    assert (first.exit_code, second.exit_code, second.output) == (2, 2, "")
+    assert 'rank 1: override "sed=2"' in ranks.run(1, "run", "demo", "sed=2").stderr
+
+
+def test_what_one_process_met_alone_is_said_with_its_rank(monkeypatch):
+    ranks = Ranks(monkeypatch)
+    monkeypatch.setattr("limbeck.core.shared_fault.SECONDS", 0.2)
+    alone = ranks.run(1, "run", "demo", "sed=1")
+    assert alone.exit_code == 2
+    assert alone.stderr.startswith('rank 1: override "sed=1"')
+    monkeypatch.setenv("MASTER_PORT", "none")
+    assert ranks.run(1, "run", "demo", "sed=1").stderr.startswith("rank 1: ")
+
+
+def test_the_stop_of_many_processes_is_said_once(fake, monkeypatch):
+    fake(SystemExit(143))
+    monkeypatch.setenv("RANK", "1")
+    stopped = run("run", "demo")
+    assert (stopped.exit_code, "stopped by" in stopped.stderr) == (143, False)
 
 
 def test_the_demo_is_the_demo_preset(fake):
@@ -231,11 +292,11 @@ def test_json_faults_leave_stdout_empty(fake):
 
 def test_sigterm_ends_with_143():
     code = (
-        "import sys, types, time, limbeck, limbeck.cli\n"
+        "import sys, types, time, limbeck, limbeck.__main__\n"
         "def wait(*args, **kwargs):\n    print('ready', flush=True)\n    time.sleep(60)\n"
         "sys.modules['limbeck.pipeline'] = limbeck.pipeline = types.SimpleNamespace(run=wait)\n"
         "sys.argv = ['limbeck', 'run', 'demo']\n"
-        "limbeck.cli.main()\n"
+        "limbeck.__main__.main()\n"
     )
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout.readline().strip() == "ready"
@@ -249,7 +310,7 @@ def test_sigterm_ends_with_143():
 def test_a_closed_pipe_is_no_fault():
     reader, writer = os.pipe()
     os.close(reader)
-    code = "import sys\nsys.argv = ['limbeck', 'schema']\nimport limbeck.cli\nlimbeck.cli.main()"
+    code = "import sys\nsys.argv = ['limbeck', 'schema']\nimport limbeck.__main__\nlimbeck.__main__.main()"
     done = subprocess.run([sys.executable, "-c", code], stdout=writer, stderr=subprocess.PIPE, text=True, timeout=60)
     os.close(writer)
     assert "Traceback" not in done.stderr

@@ -87,3 +87,14 @@ def test_two_gloo_processes_equal_one(tmp_path):
         assert_close(
             weights["two"][name], one, atol=2e-4, rtol=1e-3, msg=lambda message, name=name: f"{name}: {message}"
         )
+
+
+@pytest.mark.slow
+def test_a_refusal_is_said_once():
+    command = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29512", "-m", "limbeck"]
+    done = subprocess.run(
+        [sys.executable, *command, "run", "demo", "sed=1"], capture_output=True, text=True, timeout=250
+    )
+    assert done.returncode
+    assert done.stderr.count("Did you mean") == 1
+    assert "rank 1:" not in done.stderr

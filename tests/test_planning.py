@@ -61,6 +61,12 @@ def hybrid(words, mixers, **hyena):
     return build(HybridConfig(backbone=config_of(words), mixers=mixers, hyena=hyena))
 
 
+@pytest.fixture(autouse=True)
+def text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("".join(f"{'words of a document ' * 110}\n\n" for _ in range(60)))
+
+
 @pytest.fixture
 def teacher(tmp_path):
     config_of(NEOX).save_pretrained(tmp_path / "teacher")

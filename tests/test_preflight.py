@@ -31,6 +31,12 @@ URL = "url: http://127.0.0.1:9/v1, model: big"
 
 
 @pytest.fixture(autouse=True)
+def text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one.txt").write_text("".join(f"{'words of a document ' * 110}\n\n" for _ in range(60)))
+
+
+@pytest.fixture(autouse=True)
 def nothing_is_asked_or_loaded(monkeypatch):
     from limbeck.teachers import endpoint
 

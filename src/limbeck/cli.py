@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shlex
-import signal
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,7 +15,7 @@ from limbeck.cli_paper import paper
 from limbeck.cli_share import push
 from limbeck.cli_store import capture, store_app
 from limbeck.cli_tasks import BatchSize, KeepTasks, Limit, Suite, TaskCache, TaskData, Tasks, show_suite, wants_suite
-from limbeck.console import Commands, quiet_stdout, say, show, show_facts
+from limbeck.console import Commands, quiet_stdout, say, say_beginning, show, show_facts
 from limbeck.explain import explain
 
 app = typer.Typer(
@@ -114,6 +112,8 @@ def run(
 def _run(
     name: str, overrides: list[str], *, budget: float, run_folder: Path | None, open_report: bool, as_json: bool
 ) -> None:
+    if not as_json:
+        say_beginning(f"reading the recipe {name}, then teacher and text ...")
     from limbeck.recipe import with_budget
     from limbeck.recipe_io import load_recipe
 
@@ -152,7 +152,7 @@ def _show_end(report: dict[str, Any], folder: Path) -> None:
 
 @app.command()
 def plan(recipe: RecipeName, overrides: Overrides = None, budget: Budget = "1x", as_json: Json = False) -> None:  # type: ignore[assignment]
-    """Say what a recipe would cost: parameters, operations, memory, disk, time. Loads no weights."""
+    """Say what a recipe would cost, and whether its texts can be read. Loads no weights."""
     from limbeck.recipe import with_budget
     from limbeck.recipe_io import load_recipe
 
@@ -265,6 +265,7 @@ def generate(
     """Continue a text with a run's student, as it is written; the text itself is not repeated."""
     from limbeck import writing
 
+    writing.prepare_process(place)
     pieces = []
     with quiet_stdout(when=as_json):
         for piece in writing.generate_from(
@@ -350,19 +351,3 @@ def _open(path: Path) -> None:
 for _command in (robustness, efficiency, paper, push, capture, explain):
     app.command()(_command)
 app.add_typer(store_app, name="store")
-
-
-def _terminate(_number: int, _frame: object) -> None:
-    raise SystemExit(143)
-
-
-def main() -> None:
-    """The entry point of the `limbeck` command."""
-    # OpenMP threads that wait must not spin for long: beside another busy process the default makes training 20 times slower.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-    signal.signal(signal.SIGTERM, _terminate)
-    app()
-
-
-if __name__ == "__main__":
-    main()

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import math
+import os
 import re
 import sys
 import traceback
@@ -35,34 +36,55 @@ class Commands(TyperGroup):
         """Run the chosen command."""
         try:
             return super().invoke(ctx)
-        except KeyboardInterrupt as error:
-            raise _leave(130, _stopped(130)) from error
-        except SystemExit as error:
-            if error.code in STOPPED:
-                say(_stopped(int(error.code)))
-            raise
-        except Exception as error:
+        except (Exception, KeyboardInterrupt, SystemExit) as error:
             if type(error).__module__.startswith(("click", "typer")) or _is_closed_pipe(error):
                 raise
-            if ctx.params.get("debug"):
-                traceback.print_exc()
-            raise _leave(*explain_fault(error)) from error
+            raise typer.Exit(settle(error, debug=ctx.params.get("debug", False))) from error
 
 
-def _leave(code: int, message: str) -> typer.Exit:
-    say(message)
-    return typer.Exit(code)
+def settle(error: BaseException, *, debug: bool = False) -> int:
+    """Say what ended a command, and return the exit code. debug: with where it happened.
+
+    Of several processes under torchrun rank 0 says it; another says what it met alone.
+    """
+    rank, is_one_of_many = _rank()
+    if isinstance(error, KeyboardInterrupt):
+        error = SystemExit(130)
+    if isinstance(error, SystemExit):
+        if error.code not in STOPPED:
+            raise error
+        if rank == 0:
+            say(_stopped(int(error.code)))
+        return int(error.code)
+    code, message = explain_fault(error)
+    if is_one_of_many:
+        from limbeck.core.shared_fault import is_said_by_rank_0
+
+        if is_said_by_rank_0(message, rank=rank):
+            return code
+    if debug:
+        traceback.print_exception(error)
+    say(message if rank == 0 else f"rank {rank}: {message}")
+    return code
+
+
+def _rank() -> tuple[int, bool]:
+    """This process's number among those that torchrun started, and whether there are others; without loading torch."""
+    try:
+        return int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    except ValueError:
+        return 0, False
 
 
 def _stopped(code: int) -> str:
     return f"stopped by {STOPPED[code]}; the same command continues"
 
 
-def _is_closed_pipe(error: Exception) -> bool:
+def _is_closed_pipe(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EPIPE
 
 
-def explain_fault(error: Exception) -> tuple[int, str]:
+def explain_fault(error: BaseException) -> tuple[int, str]:
     """The exit code and the message for a fault."""
     if isinstance(error, LimbeckError):
         return 2, f"{error}\n{_read_on(error.code)}"
@@ -91,6 +113,12 @@ def _read_on(code: str) -> str:
 def say(text: str) -> None:
     """A line for the person, on stderr."""
     _console(stderr=True).print(text, markup=False, emoji=False, highlight=False, soft_wrap=True)
+
+
+def say_beginning(text: str) -> None:
+    """`say` before the first heavy import, by one process of a run only."""
+    if _rank()[0] == 0:
+        say(text)
 
 
 def show(text: str = "", *, at_words: bool = False) -> None:

@@ -14,7 +14,6 @@ import torch
 
 import limbeck
 from limbeck import arms, reading, teaching
-from limbeck.core.errors import DataError
 from limbeck.core.files import read_json, write_json
 from limbeck.core.runtime import seed_everything
 from limbeck.data.text import read_documents
@@ -145,7 +144,7 @@ def evaluation_texts(recipe: Recipe) -> dict[str, list[str]]:
             if budget < 0:
                 break
         if not documents:
-            raise DataError(f"evaluation text {words.source} ({words.split}) is empty.")
+            raise reading.no_documents(reading.text_source(words))
         texts[f"{words.source} ({words.split})"] = documents
     return texts
 

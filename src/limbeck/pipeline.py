@@ -112,10 +112,13 @@ def run(
 
 def open_run(recipe: Recipe, folder: Path, device: torch.device, stop: StopRequest, *, show_progress: bool) -> Run:
     """Load teacher, tokenizer and text; whatever a served teacher has to say is fetched first."""
+    progress = choose_progress(show_progress and is_main())
+    if recipe.teacher is not None:
+        progress.opening("loading the teacher ...")
     teacher = assembly.open_teacher(recipe, device)
+    progress.opening("reading the text ...")
     tokenizer = reading.open_tokenizer(recipe, teacher, folder)
     judging.evaluation_texts(recipe)  # a text that cannot be read is told of now, not when all is trained
-    progress = choose_progress(show_progress and is_main())
     captured = capturing.fetch(recipe, tokenizer, folder, progress, stop)
     enough = int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
     sources = recipe.data.train if captured is None else [captured]

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from limbeck import arms, assembly, doctor, new_models, teaching_costs
+from limbeck import arms, assembly, doctor, new_models, planning_texts, teaching_costs
 from limbeck.core.errors import TeacherError
 from limbeck.core.runtime import pick_device, set_threads
 from limbeck.models.config import HybridConfig
@@ -65,6 +65,7 @@ def plan(recipe: Recipe, *, machine: Machine | None = None) -> dict[str, Any]:
     teacher, student = build_models(recipe)
     teachers = [model for model in (teacher, *build_members(recipe)) if model is not None]
     found = preflight(recipe, student=student, teachers=teachers)
+    texts = planning_texts.look_at_texts(recipe)
     phases = list(plan_phases(recipe, student, teachers))
     memory = estimate_memory(recipe, student, teachers, phases, device=machine.device)
     store = teaching_costs.written_store(recipe, teachers=teachers)
@@ -79,6 +80,7 @@ def plan(recipe: Recipe, *, machine: Machine | None = None) -> dict[str, Any]:
         "teacher": describe(teacher, recipe) if teacher is not None else None,
         "student": describe(student, recipe),
         **found.facts,
+        "texts": texts.rows,
         "training": training_rows(phases, machine),
         "memory": memory | {"available_bytes": machine.memory_bytes},
         "disk": disk | {"free_bytes": machine.free_disk_bytes},
@@ -87,8 +89,9 @@ def plan(recipe: Recipe, *, machine: Machine | None = None) -> dict[str, Any]:
     facts |= {"asking": asked} if (asked := teaching_costs.asking(recipe)) else {}
     facts["time"] = estimate_time(recipe, student, teachers, phases, machine)
     elsewhere = teaching_costs.teacher_bytes(recipe, student=student, teachers=teachers, device=machine.device)[1]
-    facts["warnings"] = [*warnings_of(recipe, student, teacher, machine), *found.warnings, *filter(None, [elsewhere])]
-    refuse_impossible(facts, found.problems)
+    warnings = [*warnings_of(recipe, student, teacher, machine), *found.warnings, *texts.warnings]
+    facts["warnings"] = [*warnings, *filter(None, [elsewhere])]
+    refuse_impossible(facts, [*found.problems, *texts.problems])
     return facts
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck.core.errors import RecipeError
+from limbeck.core.errors import DataError, RecipeError
 from limbeck.core.runtime import derive_seed, rank
 from limbeck.data.order import Mixture
 from limbeck.data.text import TextSource, read_documents
@@ -123,6 +123,18 @@ def training_texts(words: Any) -> Iterator[str]:
 def text_source(words: Any) -> TextSource:
     """A recipe's source as the data room's."""
     return TextSource(words.source, words.split, words.field, words.config, words.weight, words.rows)
+
+
+def no_documents(source: TextSource) -> DataError:
+    """What to say of a source in whose split there is nothing."""
+    few = (
+        ""
+        if source.split != "heldout"
+        else (
+            " Every 50th document is held out, so that a text of fewer than 50 has none: give a held-out text of its own, with split: all."
+        )
+    )
+    return DataError(f"text source {source.source} ({source.split}) is empty.{few}")
 
 
 def open_data(recipe: Recipe, tokenizer: Any, folder: Path, *, sources: Sequence[Any], max_tokens: int) -> Mixture:

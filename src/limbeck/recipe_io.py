@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -85,7 +86,13 @@ def _apply(override: str, data: dict[str, Any], origins: dict[Place, str]) -> No
     where = f'override "{override}"'
     key, equals, value_text = override.partition("=")
     if not equals or not key.strip():
-        raise RecipeError(f"{where}: expected key=value, such as seed=1 or stages.0.tokens=1000.")
+        meant = re.fullmatch(r"([\w.\[\]]+)\s*[:\s]\s*(\S.*)", override.strip())
+        told = (
+            f"Write {shlex.quote(f'{meant[1]}={meant[2]}')}."
+            if meant
+            else "For example seed=1 or stages.0.tokens=1000."
+        )
+        raise RecipeError(f"{where}: expected key=value. {told}")
     if not value_text.strip():
         raise RecipeError(f"{where}: no value after =. Write {key}=null for none.")
     value, _ = parse_yaml(value_text, name=where)

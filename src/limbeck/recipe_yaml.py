@@ -26,6 +26,8 @@ MAX_ALIASES = 100
 
 Place = tuple[str | int, ...]
 _CORE_TAG = "tag:yaml.org,2002:"
+# How the value of a key without one is read.
+_NOTHING = (f"{_CORE_TAG}null", "")
 
 
 def read_text(path: Path) -> str:
@@ -139,6 +141,11 @@ class _Builder:
             key = self.build_scalar(key_node) if isinstance(key_node, ScalarNode) else None
             if not isinstance(key, str):
                 raise self.error(key_node, "a key must be a word.")
+            name, colon, rest = key.partition(":")
+            if node.flow_style and colon and key_node.style is None and (value_node.tag, value_node.value) == _NOTHING:
+                raise self.error(
+                    key_node, f"a blank is missing after the colon. Write {{{name}: {rest or '...'}}}, not {{{key}}}."
+                )
             if key in mapping:
                 first = self.lines[(*place, key)]
                 raise self.error(key_node, f'duplicate key "{key}" (first on line {first}). Keep one of them.')

@@ -5,10 +5,15 @@ Loading transformers takes longer than a small model takes to answer, so nothing
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from limbeck.core.runtime import pick_device, seed_everything
+from limbeck.core.lean_torch import import_lean_torch, import_the_rest
+from limbeck.models.bare_folder import WEIGHTS_FILE, is_bare
+
+# Weights of about 20 million parameters.
+_ONE_THREAD_BYTES = 80_000_000
 
 
 def generate_from(
@@ -22,9 +27,11 @@ def generate_from(
     device: str = "auto",
 ) -> Iterator[str]:
     """Continue a prompt, piece by piece. place: as for `places.open_place`."""
+    from limbeck.core.runtime import pick_device, seed_everything
+
     where = pick_device(device)
     choice = {"temperature": temperature, "top_p": top_p}
-    folder = _small_model(place)
+    folder = small_model(place)
     if folder is not None and where.type == "cpu":
         from limbeck.models.bare import load_bare, stream_bare
 
@@ -32,6 +39,7 @@ def generate_from(
         seed_everything(seed)
         yield from stream_bare(model, prompt, max_new_tokens=max_new_tokens, **choice)
         return
+    import_the_rest()
     from limbeck.models.generation import stream_text
     from limbeck.places import open_place
 
@@ -40,8 +48,22 @@ def generate_from(
     yield from stream_text(loaded.model, loaded.tokenizer, prompt, max_new_tokens=max_new_tokens, **choice)
 
 
-def _small_model(place: str) -> Path | None:
+def small_model(place: str) -> Path | None:
     """The folder of a model that can be read without transformers: the place itself, or the student of a run."""
-    from limbeck.models.bare import is_bare
-
     return next((folder for folder in (Path(place), Path(place) / "model") if is_bare(folder)), None)
+
+
+def prepare_process(place: str) -> None:
+    """Make this process as light as the model at `place` allows, if it is a small one; for one that does nothing else.
+
+    torch is imported without what can wait. One thread answers: the steps of so small a network are too short to be shared
+    out, and threads that wait for each other beside another busy process take several times as long. OMP_NUM_THREADS wins.
+    """
+    folder = small_model(place)
+    if folder is None:
+        return
+    import_lean_torch()
+    if "OMP_NUM_THREADS" not in os.environ and (folder / WEIGHTS_FILE).stat().st_size <= _ONE_THREAD_BYTES:
+        from limbeck.core.runtime import set_threads
+
+        set_threads(1)

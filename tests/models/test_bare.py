@@ -12,7 +12,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.core.errors import CheckpointError
 from limbeck.core.symbols import EOP, PAD
-from limbeck.models.bare import continue_bytes, is_bare, load_bare, stream_bare
+from limbeck.models.bare import _NETWORKS, continue_bytes, load_bare, stream_bare
+from limbeck.models.bare_folder import MODEL_TYPES, is_bare
 from limbeck.models.byte_tokenizer import ByteTokenizer
 from limbeck.models.generation import continue_text, stream_text
 from limbeck.models.sizes import SIZES
@@ -164,6 +165,7 @@ def copied(source, target):
 
 
 def test_what_is_no_bare_folder(folder, tmp_path):
+    assert set(MODEL_TYPES) == set(_NETWORKS)
     assert is_bare(folder("byte pool"))
     assert is_bare(folder("compact"))
     assert not is_bare(tmp_path)
@@ -218,6 +220,24 @@ def test_transformers_is_never_loaded(kind, folder):
         "assert not {'transformers', 'sympy', 'torch._dynamo'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("kind", ["byte pool", "hyena", "bpe borders", "compact"])
+def test_generate_loads_only_what_it_needs_and_writes_the_same(kind, folder):
+    code = (
+        "import sys\nsys.argv[:1] = ['limbeck', 'generate']\n"
+        "from limbeck.__main__ import main\ntry: main()\nexcept SystemExit as end: assert not end.code\n"
+        "print(sorted({'transformers', 'pydantic', 'typer', 'rich', 'sympy', 'torch._dynamo', 'torch._prims'} & set(sys.modules)))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(folder(kind)), "Ada met Bo", "--max-new-tokens", "24", "--seed", "3"],
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    torch.manual_seed(3)
+    text = "".join(stream_bare(load_bare(folder(kind)), "Ada met Bo", max_new_tokens=24, temperature=0.8, top_p=0.95))
+    assert done.stdout == f"{text}\n[]\n"
 
 
 @pytest.mark.slow

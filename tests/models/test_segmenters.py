@@ -14,10 +14,10 @@ from tests.models import toy_tokenizers as toy
 from tokenizers import Regex, Tokenizer, normalizers
 
 from limbeck.core.errors import CheckpointError, DataError, RecipeError, VocabularyError
+from limbeck.models.bare_folder import SEGMENTER_FILE
 from limbeck.models.bpe_segmenter import BORDERS_FILE, BpeSegmenter
 from limbeck.models.entropy_segmenter import EntropySegmenter
 from limbeck.models.segmenters import (
-    SEGMENTER_FILE,
     check_fit,
     limit_pieces,
     open_segmenter,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -56,6 +57,47 @@ def read_documents(source: TextSource) -> Iterator[str]:
         yield from _pick_split(documents, source.split, name=source.source) if own_split else documents
 
 
+def is_on_the_hub(source: TextSource) -> bool:
+    """Whether `read_documents` would ask the hub for this source."""
+    path = Path(source.source).expanduser()
+    is_named_as_path = path.suffix in _SUFFIXES or source.source.startswith((".", "/", "~"))
+    return not (source.source == "factbook" or path.exists() or is_named_as_path)
+
+
+def split_share(split: str) -> float:
+    """The share of a file's documents that a split takes."""
+    return {"train": 1 - 1 / _HELDOUT_EVERY, "heldout": 1 / _HELDOUT_EVERY}.get(split, 1.0)
+
+
+def file_bytes(source: TextSource, *, rows: Sequence[str]) -> float:
+    """Bytes of text in all files of a source, estimated without reading on from `rows`, the first texts of its files.
+
+    Plain files are all text, Parquet files say how long a column is; of JSON lines the share of text is that of `rows`.
+    """
+    files = _files(Path(source.source).expanduser())
+    lines = next((_line_bytes(file, len(rows)) for file in files if file.suffix == ".jsonl"), 0)
+    share = min(1.0, sum(len(row.encode()) for row in rows) / lines) if lines else 1.0
+    sizes = {
+        ".jsonl": lambda file: share * file.stat().st_size,
+        ".parquet": lambda file: _column_bytes(file, source.field),
+    }
+    return float(sum(sizes.get(file.suffix, lambda file: file.stat().st_size)(file) for file in files))
+
+
+def _line_bytes(path: Path, count: int) -> int:
+    with open(path, "rb") as stream:
+        return sum(len(raw) for raw in itertools.islice((raw for raw in stream if raw.strip()), count))
+
+
+def _column_bytes(path: Path, field: str) -> int:
+    import pyarrow.parquet
+
+    facts = pyarrow.parquet.read_metadata(path)
+    groups = [facts.row_group(number) for number in range(facts.num_row_groups)]
+    columns = [group.column(number) for group in groups for number in range(group.num_columns)]
+    return sum(column.total_uncompressed_size for column in columns if column.path_in_schema == field)
+
+
 def _as_documents(rows: Iterator[str], source: TextSource) -> Iterator[str]:
     if source.rows == "lines":
         return _gather(row if row.endswith("\n") else row + "\n" for row in rows)
@@ -86,16 +128,25 @@ def _pick_split(documents: Iterator[str], split: str, *, name: str) -> Iterator[
 
 
 def _read_path(path: Path, field: str) -> Iterator[str]:
+    for file in _files(path):
+        try:
+            yield from _READERS[file.suffix](file, field)
+        except OSError as error:
+            raise DataError(
+                f"{file}: cannot be read ({error.strerror or error}). Check its permissions, or give another file."
+            ) from error
+
+
+def _files(path: Path) -> list[Path]:
+    """The files of a path, in order. Raises: DataError when there is none of a known kind."""
     if path.is_dir():
         files = sorted(file for file in path.rglob("*") if file.suffix in _SUFFIXES and file.is_file())
         if not files:
             raise DataError(f"text source {path}: the folder holds no {', '.join(_SUFFIXES)} file.")
-        for file in files:
-            yield from _read_path(file, field)
-        return
+        return files
     if path.suffix not in _SUFFIXES:
         raise DataError(f"text source {path}: unknown kind of file. Known: {', '.join(_SUFFIXES)}.")
-    yield from _READERS[path.suffix](path, field)
+    return [path]
 
 
 def _read_plain(path: Path, field: str) -> Iterator[str]:

@@ -21,8 +21,9 @@ from torch import Tensor
 from limbeck.core.errors import CheckpointError
 from limbeck.core.files import read_json
 from limbeck.core.symbols import EOD
+from limbeck.models.bare_folder import SEGMENTER_FILE, TOKENIZER_FILE, WEIGHTS_FILE, is_bare
 from limbeck.models.bpe_segmenter import Pipeline
-from limbeck.models.segmenters import SEGMENTER_FILE, read_segmenter
+from limbeck.models.segmenters import read_segmenter
 from limbeck.models.symbol_streams import encode_document, open_prompt, text_to_bytes
 from limbeck.models.token_bytes import read_token_bytes
 from limbeck.nn.byte_pool import BytePoolNetwork
@@ -30,8 +31,6 @@ from limbeck.nn.byte_pool_settings import BytePoolSettings
 from limbeck.nn.compact import CompactNetwork
 from limbeck.nn.trunk_cache import TrunkCache
 
-_WEIGHTS = "model.safetensors"
-_TOKENIZER = "tokenizer.json"
 _PREFIX = "network."
 # What generate() of transformers keeps when it draws and nobody says otherwise.
 _TOP_K = 50
@@ -54,18 +53,6 @@ class BareModel:
     end_ids: frozenset[int]
 
 
-def is_bare(folder: Path) -> bool:
-    """Whether `load_bare` can read this folder: a model of ours in one file, with its tokenizer beside it."""
-    if not all((folder / name).is_file() for name in ("config.json", _WEIGHTS)):
-        return False
-    if not any((folder / name).is_file() for name in (SEGMENTER_FILE, _TOKENIZER)):
-        return False
-    try:
-        return read_json(folder / "config.json").get("model_type") in _NETWORKS
-    except (CheckpointError, AttributeError):
-        return False
-
-
 def load_bare(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32) -> BareModel:
     """Load a byte model or a small model over tokens, as `save_pretrained` wrote it with its tokenizer.
 
@@ -73,11 +60,11 @@ def load_bare(folder: Path, *, device: torch.device | str = "cpu", dtype: torch.
     """
     if not is_bare(folder):
         raise CheckpointError(
-            f"{folder} is no byte model or small model of Limbeck's with config.json, {_WEIGHTS} and its tokenizer. Load it "
+            f"{folder} is no byte model or small model of Limbeck's with config.json, {WEIGHTS_FILE} and its tokenizer. Load it "
             "with transformers."
         )
     config = read_json(folder / "config.json")
-    network = _read_network(config, folder / _WEIGHTS)
+    network = _read_network(config, folder / WEIGHTS_FILE)
     network = network.to(device=device, dtype=dtype).eval().requires_grad_(False)
     encode, pieces = _read_text(folder, config)
     rows = config.get("vocab_size", len(pieces))
@@ -210,7 +197,7 @@ def _read_text(folder: Path, config: dict[str, Any]) -> tuple[Callable[[bytes], 
             lambda data: open_prompt(encode_document(data, segmenter, patch_bytes=patch_bytes)),
             tuple(bytes([byte]) for byte in range(256)),
         )
-    pipeline = Pipeline((folder / _TOKENIZER).read_text(encoding="utf-8"), str(folder))
+    pipeline = Pipeline((folder / TOKENIZER_FILE).read_text(encoding="utf-8"), str(folder))
     pieces = tuple(piece or b"" for piece in read_token_bytes(pipeline).pieces)
     # Like `stream_text`: what is special in a prompt is read as such, and an empty one begins a text.
     pipeline.backend_tokenizer.encode_special_tokens = False

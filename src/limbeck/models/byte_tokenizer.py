@@ -13,10 +13,10 @@ from transformers import AutoTokenizer, BatchEncoding, PreTrainedConfig, PreTrai
 
 from limbeck.core.errors import RecipeError, VocabularyError
 from limbeck.core.symbols import BOS, EOD, EOP, PAD, SYMBOLS
+from limbeck.models.bare_folder import SEGMENTER_FILE
 from limbeck.models.bpe_segmenter import BORDERS_FILE, BpeSegmenter
 from limbeck.models.entropy_segmenter import EntropySegmenter
 from limbeck.models.segmenters import (
-    SEGMENTER_FILE,
     Segmenter,
     check_fit,
     open_segmenter,

@@ -16,11 +16,11 @@ import numpy as np
 
 from limbeck.core.errors import CheckpointError, RecipeError, unknown_piece
 from limbeck.core.files import read_json, write_json
+from limbeck.models.bare_folder import SEGMENTER_FILE
 from limbeck.models.bpe_segmenter import BpeSegmenter
 from limbeck.models.entropy_segmenter import EntropySegmenter
 from limbeck.models.simple_segmenters import FixedSegmenter, SpaceSegmenter
 
-SEGMENTER_FILE = "segmenter.json"
 _FORMAT = 1
 
 

@@ -15,10 +15,10 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from limbeck.core.errors import TeacherError, unknown_name
+from limbeck.models.bare_folder import SEGMENTER_FILE
 from limbeck.models.byte_tokenizer import ByteTokenizer
 from limbeck.models.hybrid import register_model
 from limbeck.models.large import quantised_options
-from limbeck.models.segmenters import SEGMENTER_FILE
 from limbeck.models.teacher_errors import explain_loading, refuse_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}

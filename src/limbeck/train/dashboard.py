@@ -166,6 +166,10 @@ class Dashboard:
         """The run's name and all it will train, in order."""
         self.run, self.forecast = run, Forecast(stages)
 
+    def opening(self, text: str) -> None:
+        """Print a line before there is a display."""
+        self._print(text)
+
     def start(self, title: str, total: int, done: int) -> None:
         """Show a stage."""
         self.finish()

@@ -68,6 +68,9 @@ class Progress(Protocol):
     def plan(self, run: str, stages: Sequence[PlannedStage]) -> None:
         """The run's name and all it will train, in order; what shows less need not be told."""
 
+    def opening(self, text: str) -> None:
+        """What a run does before its first stage; shown only on a terminal."""
+
     def start(self, title: str, total: int, done: int) -> None:
         """A stage of `total` tokens begins, `done` of them behind it. A title is `arm · stage`, or other words."""
 
@@ -88,6 +91,8 @@ class SilentProgress:
     """Shows nothing but notes."""
 
     def plan(self, run: str, stages: Sequence[PlannedStage]) -> None: ...
+
+    def opening(self, text: str) -> None: ...
 
     def start(self, title: str, total: int, done: int) -> None: ...
 

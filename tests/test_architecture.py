@@ -46,6 +46,7 @@ LAYERS = [
         "preflight",
         "plugins",
         "teaching_costs",
+        "stage_costs",
         "doctor",
     },
     {

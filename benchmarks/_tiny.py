@@ -234,7 +234,7 @@ def run_job(
     rows = max(1, round(job.batch_bytes * per_byte / context))
     where = pick_device(device)
     model = new_model(job.config, seed=seed, device=str(where))
-    settings = _settings(job, per_byte, context=context, rows=rows, flops=3 * forward_flops_per_token(model, context))
+    settings = _settings(job, per_byte, context=context, rows=rows)
     data = Mixture([_windows(job, text, folder, context)], weights=[1.0], seed=derive_seed(seed, "data"))
     lesson = DistilLesson(model, None, [Term("cross_entropy")]) if job.lesson is None else job.lesson(model)
 
@@ -261,10 +261,10 @@ def run_job(
     return facts
 
 
-def _settings(job: Job, per_byte: float, *, context: int, rows: int, flops: float) -> StageSettings:
+def _settings(job: Job, per_byte: float, *, context: int, rows: int) -> StageSettings:
     steps = max(2, round(job.train_bytes / job.batch_bytes))
     base = StageSettings(
-        name="train", tokens=steps * rows * context, batch_tokens=rows * context, flops_per_token=flops,
+        name="train", tokens=steps * rows * context, batch_tokens=rows * context,
         checkpoint_every_tokens=max(1, steps // 20) * rows * context, keep_checkpoints=1, **RECIPE,
     )  # fmt: skip
     return replace(base, **job.changes)

@@ -48,6 +48,7 @@ LAYERS = [
         "preflight",
         "plugins",
         "teaching_costs",
+        "stage_costs",
         "doctor",
     },
     {

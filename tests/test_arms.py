@@ -1,12 +1,13 @@
 """Budgets of the arms by hand: what the teacher costs, and tokens that cost as much without it."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from limbeck import arms, assembly
+from limbeck import arms, assembly, stage_costs
 from limbeck.evaluate.facts import ModelFacts
 from limbeck.evaluate.quality import TextScore
 from limbeck.judging import restate_per_token
@@ -53,18 +54,49 @@ def recipe(tmp_path, teacher, **stage):
 def test_what_the_teacher_costs_for_a_token(tmp_path, teacher, stage, passes):
     words = recipe(tmp_path, teacher, **stage)
     student, big = model_of(1), model_of(2)
-    (plan,) = assembly.stage_plans(words, words.stages, student, big)
-    extra = {0: 0, 1: BLOCK + HEAD, 2: 2 * BLOCK + HEAD, 4: 2 * (2 * BLOCK + HEAD)}[passes]
-    assert plan.settings.flops_per_token == 3 * (BLOCK + HEAD) + extra
+    (plan,) = assembly.stage_plans(words, words.stages, student)
+    several = [big] * (2 if "several" in teacher else 1)
+    # Six batches of 150 fit into 1,000 tokens, ten rows each, of which all tokens but the first are predicted.
+    read, scored = 6 * 150, 6 * 10 * 14
+    extra = {0: 0, 1: read * BLOCK + scored * HEAD, 2: read * 2 * BLOCK + scored * HEAD}.get(passes)
+    extra = 2 * (read * 2 * BLOCK + scored * HEAD) if extra is None else extra
+    found = stage_costs.stage_flops(words, plan, student, several)
+    assert found == 3 * (read * BLOCK + scored * HEAD) + extra
 
 
 def test_tokens_of_equal_operations_by_hand(tmp_path):
     words = recipe(tmp_path, {"source": "t"})
-    (stage,) = arms.equal_flops_stages(words, model_of(1), model_of(2))
-    # Six batches of 150 fit into 1,000 tokens; each token costs three passes of the student and one of the teacher.
-    spent = 900 * (3 * (BLOCK + HEAD) + 2 * BLOCK + HEAD)
-    assert stage.tokens == round(spent / (3 * (BLOCK + HEAD)) / 150) * 150 == 1350
+    student = model_of(1)
+    # Each token costs three passes of the student and one of the teacher; the head runs where a token is predicted.
+    a_batch = 3 * (150 * BLOCK + 140 * HEAD)
+    spent = 6 * (a_batch + 150 * 2 * BLOCK + 140 * HEAD)
+    (stage,) = arms.equal_flops_stages(words, student, spent=spent)
+    assert stage.tokens == round(spent / a_batch) * 150 == 1350
     assert stage.kind == "tune"
+    # Whatever was counted beyond that, a student's own writing for example, is the control's too.
+    assert arms.equal_flops_stages(words, student, spent=spent + 4 * a_batch)[0].tokens == 1350 + 4 * 150
+
+
+def test_own_writing_is_foretold_pass_by_pass(tmp_path):
+    words = recipe(tmp_path, {"source": "t"}, on_policy={"share": 1.0, "prompt_tokens": 5})
+    student, big = model_of(1), model_of(2)
+    (plan,) = assembly.stage_plans(words, words.stages, student)
+    # 60 rows: 5 tokens given and 10 written, the last of which is never read; then 15 are learned, the head at 10 of them.
+    matrices = BLOCK - 512
+    reading = 60 * (14 * (matrices + 64 * 7.5) + 10 * HEAD)
+    learning = 3 * 60 * (15 * BLOCK + 10 * HEAD)
+    teaching = 60 * (15 * 2 * BLOCK + 10 * HEAD)
+    assert stage_costs.stage_flops(words, plan, student, [big]) == pytest.approx(reading + learning + teaching)
+
+
+def test_a_length_curriculum_costs_less_attention(tmp_path):
+    words = recipe(tmp_path, {"source": "t"}, kl=0.0, ce=1.0)
+    student = model_of(1)
+    (plan,) = assembly.stage_plans(words, words.stages, student)
+    plan = replace(plan, settings=replace(plan.settings, length_curriculum=((0.5, 3),)))
+    short = 3 * 30 * 3 * (5 * (BLOCK - 512 + 64 * 3) + 4 * HEAD)
+    whole = 3 * 30 * (15 * BLOCK + 14 * HEAD)
+    assert stage_costs.stage_flops(words, plan, student, ()) == pytest.approx(short + whole)
 
 
 def test_perplexity_of_a_teacher_with_other_tokens_by_hand():

@@ -11,6 +11,7 @@ from tests import tiny
 from limbeck import evaluation, pipeline, writing
 from limbeck.core.errors import CheckpointError, DataError, LimbeckError, TeacherError
 from limbeck.evaluate.facts import read_facts
+from limbeck.planning import Machine, plan
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +40,21 @@ def test_the_report_has_every_part(job):
     assert facts["verdict"]["headline"]
     for name in ("report.html", "report.md", "recipe.yaml", "environment.json", "metrics.jsonl"):
         assert (folder / "run" / name).stat().st_size > 0
+
+
+def test_what_was_counted_is_what_the_plan_foretold(job):
+    _, recipe, facts = job
+    machine = Machine("cpu", 10**12, 10**12, 1e9)
+    rows = {(row["arm"], row["stage"]): row["flops"] for row in plan(recipe, machine=machine)["training"]}
+    models = {"student": facts["student"], **{name: one for name, one in facts["controls"].items() if one}}
+    counted = {(arm, stage["name"]): stage["flops"] for arm, model in models.items() for stage in model["stages"]}
+    assert counted.keys() == rows.keys()
+    for name, flops in counted.items():
+        # A look at the hidden states runs the head on one position; packed documents can leave one unscored.
+        assert flops == pytest.approx(rows[name], rel=0.01), name
+    assert facts["run"]["energy_note"]
+    for stage in facts["student"]["stages"]:
+        assert (stage["energy_joules"] is None) == (facts["run"]["energy_joules"] is None)
 
 
 def test_the_student_beats_its_start_and_the_control(job):

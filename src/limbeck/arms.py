@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from limbeck import assembly
+from limbeck import assembly, stage_costs
 from limbeck.core.runtime import derive_seed
-from limbeck.models.flops import forward_flops_per_token
 from limbeck.recipe import Recipe
 from limbeck.recipe_stages import Stage, TuneStage
 from limbeck.train.metrics import PlannedStage
@@ -79,15 +78,18 @@ def planned_stages(recipe: Recipe, folder: Path) -> list[PlannedStage]:
     ]
 
 
-def equal_flops_stages(recipe: Recipe, student: Any, teacher: Any) -> list[Any]:
-    """The compared control's one stage, with as many operations as the student's stages took, the teacher's included."""
+def equal_flops_stages(recipe: Recipe, student: Any, *, spent: float) -> list[Any]:
+    """The compared control's one stage, with as many operations as the student's stages took, the teacher's included.
+
+    spent: those operations: what was counted while the student was trained, or what is foretold of it.
+    """
     control = compared_control(recipe)
     assert control is not None
-    plans = assembly.stage_plans(recipe, recipe.stages, student, teacher)
-    spent = sum(plan.settings.steps * plan.settings.batch_tokens * plan.settings.flops_per_token for plan in plans)
-    tokens = spent / (3 * forward_flops_per_token(student, recipe.data.context_tokens))
-    batch = recipe.stages[-1].batch_tokens
-    whole = max(1, round(tokens / batch)) * batch
+    alike = as_tune(recipe.stages, recipe.total_tokens, is_new=control == "from_scratch")
+    (plan,) = assembly.stage_plans(recipe, [alike], student)
+    batch = alike.batch_tokens
+    a_batch = stage_costs.stage_flops(recipe, plan, student, ()) / plan.settings.steps
+    whole = max(1, round(spent / a_batch)) * batch
     return [as_tune(recipe.stages, whole, is_new=control == "from_scratch")]
 
 

@@ -16,12 +16,10 @@ from limbeck.core.files import read_json, write_atomic, write_json
 from limbeck.core.runtime import is_main
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
-from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.surgery import find_attention, head_shape
 from limbeck.models.teacher import LoadedTeacher
 from limbeck.plugins import plugin_files
 from limbeck.recipe import Recipe
-from limbeck.recipe_agreement import reads_teachers_trie
 from limbeck.recipe_io import dump_recipe
 from limbeck.store.store import TargetStore
 from limbeck.train.stages import DropoutSchedule
@@ -168,7 +166,7 @@ def mixer_parameter_names(student: Any) -> frozenset[str]:
     return frozenset(name for name, parameter in student.named_parameters() if id(parameter) in own)
 
 
-def stage_plans(recipe: Recipe, stages: Sequence[Any], student: Any, teacher: Any) -> list[StagePlan]:
+def stage_plans(recipe: Recipe, stages: Sequence[Any], student: Any) -> list[StagePlan]:
     """Settings for each phase; a progressive `align` becomes one phase per replaced layer, its budget shared equally."""
     names = mixer_parameter_names(student)
     layers = sorted(getattr(student, "mixers", dict)())
@@ -177,42 +175,17 @@ def stage_plans(recipe: Recipe, stages: Sequence[Any], student: Any, teacher: An
         if spec.kind == "align" and spec.order == "progressive":
             share = max(spec.batch_tokens, spec.tokens // max(1, len(layers)))
             for layer in layers:
-                settings = _settings(
-                    recipe,
-                    spec,
-                    student,
-                    teacher,
-                    name=f"{spec.name}-layer{layer:02d}",
-                    tokens=share,
-                    mixer_names=names,
-                )
+                name = f"{spec.name}-layer{layer:02d}"
+                settings = _settings(recipe, spec, name=name, tokens=share, mixer_names=names)
                 plans.append(StagePlan(spec, settings, (layer,)))
         else:
             chosen = tuple(layers) if spec.kind == "align" else None
-            settings = _settings(recipe, spec, student, teacher, name=spec.name, tokens=spec.tokens, mixer_names=names)
+            settings = _settings(recipe, spec, name=spec.name, tokens=spec.tokens, mixer_names=names)
             plans.append(StagePlan(spec, settings, chosen))
     return plans
 
 
-def _settings(
-    recipe: Recipe,
-    spec: Any,
-    student: Any,
-    teacher: Any,
-    *,
-    name: str,
-    tokens: int,
-    mixer_names: frozenset[str],
-) -> StageSettings:
-    context = recipe.data.context_tokens
-    flops = 0.0
-    if spec.kind == "align":
-        assert teacher is not None
-        flops = forward_flops_per_token(teacher, context) + 3 * _mixer_flops(student, context)
-    else:
-        flops = 3 * forward_flops_per_token(student, context)
-        asks = spec.kind == "distil" and any(term.objective != "cross_entropy" for term in spec.terms())
-        flops += teaching_flops(recipe, student, teacher) if asks else 0.0
+def _settings(recipe: Recipe, spec: Any, *, name: str, tokens: int, mixer_names: frozenset[str]) -> StageSettings:
     rate = recipe.runtime
     return StageSettings(
         name=name, tokens=tokens, batch_tokens=spec.batch_tokens, micro_batch_sequences=spec.micro_batch_sequences, optimizer=spec.optimizer,
@@ -221,7 +194,7 @@ def _settings(
         final_share=spec.final_share, clip_norm=spec.clip_norm, ema_decay=spec.ema_decay,
         diagnoses=rate.diagnoses if spec.kind == "distil" else 0,
         checkpoint_every_tokens=rate.checkpoint_every_tokens, keep_checkpoints=rate.keep_checkpoints,
-        mixer_names=mixer_names, flops_per_token=flops, embedding_learning_rate=spec.embedding_learning_rate,
+        mixer_names=mixer_names, embedding_learning_rate=spec.embedding_learning_rate,
         scalar_learning_rate=spec.scalar_learning_rate, cautious_decay=spec.cautious_decay, decay_schedule=spec.decay_schedule,
         dropout=_dropout(spec.dropout),
         length_curriculum=tuple((part.share, part.divisor) for part in spec.length_curriculum),
@@ -231,25 +204,6 @@ def _settings(
 
 def _dropout(words: Any) -> float | DropoutSchedule | None:
     return words if words is None or isinstance(words, float) else DropoutSchedule(**words.model_dump())
-
-
-def teaching_flops(recipe: Recipe, student: Any, teacher: Any) -> float:
-    """Operations of the teacher for a token that the student learns; none when what it says was written down.
-
-    Several teachers are counted like the first.
-    """
-    words, context = recipe.teacher, recipe.data.context_tokens
-    if words is None or words.kind in ("store", "served", "closed"):
-        return 0.0
-    if words.itself is not None:
-        return forward_flops_per_token(student, context)
-    symbols = 1.0 + getattr(student.config, "mean_patch_bytes", 0.0) if reads_teachers_trie(recipe) else 1.0
-    return len(words.several or [words]) * forward_flops_per_token(teacher, round(context / symbols)) / symbols
-
-
-def _mixer_flops(student: Any, context: int) -> float:
-    mixers: dict[int, Any] = getattr(student, "mixers", dict)()
-    return sum(forward_flops_per_token(mixer, context) for mixer in mixers.values())
 
 
 def freeze(student: Any, plan: StagePlan) -> None:

@@ -7,6 +7,7 @@ import platform
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import reduce
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,8 @@ from limbeck.models.teacher import quietly
 from limbeck.plugins import plugin_files
 from limbeck.recipe import Recipe
 from limbeck.recipe_io import dump_recipe
+from limbeck.train.books import Energy, joined
+from limbeck.train.trainer import StageResult
 
 if TYPE_CHECKING:
     from limbeck.pipeline import ArmResult, Run
@@ -57,10 +60,16 @@ _SPEED_CHARACTERS = 50_000
 _SAMPLED = ("teacher", "student", "from_scratch", "without_teacher")
 
 
-def report(work: Run, results: dict[str, ArmResult], differences: Sequence[PairedDifference] = ()) -> dict[str, Any]:
+def report(
+    work: Run,
+    results: dict[str, ArmResult],
+    differences: Sequence[PairedDifference] = (),
+    further: Sequence[StageResult] = (),
+) -> dict[str, Any]:
     """Judge the teacher and every arm, write the report and the student's folder. Returns report.json's content.
 
-    differences: of the compared control and the student under further seeds (see `replica_difference`).
+    differences: of the compared control and the student under further seeds (see `replica_difference`). further: the
+    stages they went through.
     """
     save_student(work, results["student"].model)
     texts = evaluation_texts(work.recipe)
@@ -78,7 +87,7 @@ def report(work: Run, results: dict[str, ArmResult], differences: Sequence[Paire
     if tokenizer_of(work, "teacher") is not work.tokenizer:
         restate_per_token(facts["teacher"], scores["student"])
     found = ReportFacts(
-        run=run_facts(work, results), teacher=facts.get("teacher"), student=facts["student"],
+        run=run_facts(work, results, further), teacher=facts.get("teacher"), student=facts["student"],
         controls=Controls(**{name: facts.get(name) for name in Controls.model_fields}), worth=worth(work, scores, differences),
         floor=measure_floor(work, results["student"].model, texts, scores), layers=layer_facts(work, results["student"].model),
         speed=measure_speeds(work, results["student"].model), protocol=scores["student"].protocol,
@@ -213,14 +222,21 @@ def add_books(facts: ModelFacts, result: ArmResult, work: Run) -> None:
     kinds = {stage.name: stage.kind for stage in work.recipe.stages} | {"tune": "tune"}
     facts.tokens_spent = sum(stage.tokens for stage in result.stages)
     facts.flops_spent = sum(stage.flops for stage in result.stages)
+    facts.energy_joules, _ = energy_of(result.stages)
     facts.stages = [
         StageFacts(
             name=stage.name, kind=kinds.get(stage.name.split("-layer")[0], "align"), tokens=stage.tokens, flops=stage.flops,
             seconds=stage.seconds, final_loss=stage.final_loss, loss_curve=[(x, y) for x, y in stage.curve],
-            warnings=stage.warnings,
+            warnings=stage.warnings, energy_joules=stage.joules, energy_note=stage.energy_note,
         )
         for stage in result.stages
     ]  # fmt: skip
+
+
+def energy_of(stages: Sequence[StageResult]) -> Energy:
+    """What several stages took together, and what reported it; None with the reason when one was not measured."""
+    nothing: Energy = (0.0, "")
+    return reduce(joined, [(stage.joules, stage.energy_note) for stage in stages], nothing)
 
 
 def measure_floor(
@@ -293,9 +309,11 @@ def layer_facts(work: Run, student: Any) -> list[LayerFacts]:
     return found
 
 
-def run_facts(work: Run, results: dict[str, ArmResult]) -> RunFacts:
-    """Which run this is, and on what machine."""
+def run_facts(work: Run, results: dict[str, ArmResult], further: Sequence[StageResult] = ()) -> RunFacts:
+    """Which run this is, on what machine, and what all of its training took."""
     import transformers
+
+    joules, note = energy_of([*(stage for result in results.values() for stage in result.stages), *further])
 
     environment = machine_facts(work.device)
     write_json(work.folder / "environment.json", environment | {"notes": work.notes})
@@ -305,6 +323,7 @@ def run_facts(work: Run, results: dict[str, ArmResult]) -> RunFacts:
         machine=environment, recipe=dump_recipe(work.recipe),
         teacher_source=work.teaching.name,
         wall_seconds={name: round(result.seconds, 1) for name, result in results.items()},
+        energy_joules=joules, energy_note=note,
     )  # fmt: skip
 
 

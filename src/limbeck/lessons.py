@@ -11,6 +11,7 @@ from limbeck.core.runtime import derive_seed
 from limbeck.models.surgery import find_attention
 from limbeck.objectives.features import FEATURE_OBJECTIVES
 from limbeck.recipe_objectives import FEATURES, Objective, OnPolicy, Ramp
+from limbeck.stage_costs import ADAPTIVE_ROWS
 from limbeck.teachers.exact import ExactTeacher
 from limbeck.teachers.trie import TrieTeacher
 from limbeck.teaching import target_source, trie_paths
@@ -23,9 +24,6 @@ from limbeck.train.trie import TrieLesson
 
 if TYPE_CHECKING:
     from limbeck.pipeline import Run
-
-# Held-out rows by which an adaptive share of the student's own writing is set.
-_ADAPTIVE_ROWS = 16
 
 
 def build_lesson(work: Run, plan: assembly.StagePlan, student: Any, *, power: Mapping[int, float]) -> Lesson:
@@ -62,7 +60,7 @@ def _on_policy_lesson(
     shared: dict[str, Any] = {"writing": writing, "projections": projections, "vocabulary_size": usable}
     if words.method == "mixed":
         return OnPolicyLesson(student, source, terms, share=0.5 if words.share is None else words.share, **shared)
-    rows = min(_ADAPTIVE_ROWS, work.heldout.windows)
+    rows = min(ADAPTIVE_ROWS, work.heldout.windows)
     return AdaptiveLesson(
         student, source, terms, heldout=work.heldout.batch(0, rows).to(work.device), buffer_rows=words.buffer,
         first_share=words.share or 0.0, **shared,

@@ -32,6 +32,8 @@ from limbeck.core.runtime import (
     wait_for_all,
 )
 from limbeck.data.order import Mixture
+from limbeck.evaluate.energy import find_meter
+from limbeck.evaluate.quality import PairedDifference
 from limbeck.places import STAGE_END
 from limbeck.recipe import Recipe, with_budget
 from limbeck.train.checkpoint import Checkpoint, newest_checkpoint, save_checkpoint
@@ -103,8 +105,13 @@ def run(
         results: dict[str, ArmResult] = {}
         for arm in arms_of(work, results):
             results[arm.name] = train_arm(work, arm)
-        differences = [judging.replica_difference(again, train_replica(again)) for again in replicas(work)]
-        facts = judging.report(work, results, differences) if is_main() else {}
+        differences: list[PairedDifference] = []
+        further: list[StageResult] = []
+        for again in replicas(work):
+            trained = train_replica(again)
+            differences.append(judging.replica_difference(again, trained))
+            further += [stage for result in trained.values() for stage in result.stages]
+        facts = judging.report(work, results, differences, further) if is_main() else {}
         trackers.report(facts)
         wait_for_all()
         return facts
@@ -155,7 +162,8 @@ def arms_of(work: Run, results: dict[str, ArmResult]) -> Iterator[Arm]:
         yield Arm(name, starts[name], stages)
     control = arms.compared_control(recipe)
     if recipe.controls.equal_flops and control is not None:
-        stages = arms.equal_flops_stages(recipe, results["student"].model, teacher_model(work))
+        spent = sum(stage.flops for stage in results["student"].stages)
+        stages = arms.equal_flops_stages(recipe, results["student"].model, spent=spent)
         yield Arm(arms.EQUAL_FLOPS, starts[control], stages)
 
 
@@ -193,7 +201,7 @@ def train_arm(work: Run, arm: Arm) -> ArmResult:
     results: list[StageResult] = []
     sample = 0
     for spec in arm.stages:
-        for plan in assembly.stage_plans(work.recipe, [spec], model, teacher_model(work)):
+        for plan in assembly.stage_plans(work.recipe, [spec], model):
             results.append(train_plan(work, arm, model, plan, sample, folder))
             sample += results[-1].tokens // work.data.context_tokens
         if spec.kind == "align":
@@ -244,6 +252,7 @@ def train_plan(
     result = train_stage(
         lesson, data, plan.settings, folder=folder / plan.settings.name / "checkpoints", log=work.log, arm=arm.name,
         seed=work.recipe.seed, device=work.device, first_sample=first_sample, progress=work.progress, stop=work.stop,
+        energy=find_meter(work.device),
     )  # fmt: skip
     for warning in result.warnings:
         work.say(f"{arm.name}, {plan.settings.name}: {warning}")

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
-from limbeck import arms, assembly, doctor, new_models, planning_texts, teaching_costs
+from limbeck import arms, assembly, doctor, new_models, planning_texts, stage_costs, teaching_costs
 from limbeck.core.errors import TeacherError
 from limbeck.core.runtime import pick_device, set_threads
 from limbeck.models.config import HybridConfig
@@ -192,21 +192,23 @@ def plan_phases(recipe: Recipe, student: Any, teachers: Sequence[Any]) -> Iterat
     everything = arms.arm_stages(recipe)
     control = arms.compared_control(recipe)
     if recipe.controls.equal_flops and control is not None:
-        everything[arms.EQUAL_FLOPS] = arms.equal_flops_stages(recipe, student, teacher)
+        plans = assembly.stage_plans(recipe, recipe.stages, student)
+        spent = stage_costs.stages_flops(recipe, plans, student, teachers)
+        everything[arms.EQUAL_FLOPS] = arms.equal_flops_stages(recipe, student, spent=spent)
     for number in range(1, len(arms.seeds(recipe))):
         everything |= {f"{arm}{_AGAIN}{number}": everything[arm] for arm in ("student", str(control))}
     for arm, stages in everything.items():
         model: Any = teacher if arm == "teacher_more" else student
-        for phase in assembly.stage_plans(recipe, stages, model, teacher):
+        for phase in assembly.stage_plans(recipe, stages, model):
             settings = phase.settings
-            assembly.freeze(model, phase)
+            flops = stage_costs.stage_flops(recipe, phase, model, teachers)
             steps = max(1, settings.tokens // settings.batch_tokens)
             tokens = steps * settings.batch_tokens
             windows = settings.batch_tokens // recipe.data.context_tokens
             head = model.get_output_embeddings()
             yield Phase(
                 arm=arm, stage=phase.spec.name, kind=phase.spec.kind, tokens=tokens, steps=steps,
-                flops=tokens * settings.flops_per_token,
+                flops=flops,
                 trained_parameters=sum(p.numel() for p in model.parameters() if p.requires_grad),
                 optimizer=settings.optimizer, keeps_average=settings.ema_decay is not None,
                 trains_through=phase.spec.kind != "align" or phase.spec.inputs == "student",

@@ -70,7 +70,7 @@ def push(
     decision = decide_licence(parents, chosen=licence, model_name=repo_id.partition("/")[2])
     beside = licence_files(parents)
     warnings = [*decision.warnings, *_missing_copies(decision, parents, subject, beside)]
-    if grid_intensity is not None and "energy_joules" not in _plain(subject).get("run", {}):
+    if grid_intensity is not None and _plain(subject).get("run", {}).get("energy_joules") is None:
         warnings.append(
             "--grid-intensity was given, but the energy of this run was not measured: the card states no carbon figure."
         )

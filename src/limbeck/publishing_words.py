@@ -82,13 +82,21 @@ def card_content(
 
 def carbon_grams(report: Mapping[str, Any], *, grid_intensity: float | None) -> float | None:
     """Grams of CO2 equivalent of a run whose energy was measured, at so many grams a kilowatt-hour; else None."""
-    used = _kilowatt_hours(report)
+    used = _kilowatt_hours(report.get("run", {}))
     return None if used is None or grid_intensity is None else used * grid_intensity
 
 
-def _kilowatt_hours(report: Mapping[str, Any]) -> float | None:
-    joules = report.get("run", {}).get("energy_joules")
+def _kilowatt_hours(part: Mapping[str, Any]) -> float | None:
+    joules = part.get("energy_joules")
     return joules / _JOULES_A_KILOWATT_HOUR if isinstance(joules, int | float) and joules >= 0 else None
+
+
+def _energy_words(part: Mapping[str, Any], note: str) -> str:
+    """What training took, and what reported it; else why it is not known."""
+    used = _kilowatt_hours(part)
+    if used is None:
+        return f"not measured: {note}" if note else "not measured"
+    return f"{number(used)} kWh ({note})" if note else f"{number(used)} kWh"
 
 
 def compute_grid(report: Mapping[str, Any], *, grid_intensity: float | None) -> Grid:
@@ -100,9 +108,10 @@ def compute_grid(report: Mapping[str, Any], *, grid_intensity: float | None) -> 
     machine = run.get("machine", {})
     seconds = sum(stage.get("seconds") or 0 for stage in student.get("stages", []))
     walls = [value for value in run.get("wall_seconds", {}).values() if value is not None]
-    kilowatt_hours, carbon = _kilowatt_hours(report), carbon_grams(report, grid_intensity=grid_intensity)
+    carbon = carbon_grams(report, grid_intensity=grid_intensity)
+    note = str(run.get("energy_note") or "")
     rows = [
-        ["Training of this model, FLOPs (estimated)", count(student.get("flops_spent"))],
+        ["Training of this model, FLOPs (counted)", count(student.get("flops_spent"))],
         ["Training of this model, time", duration(seconds) if seconds else MISSING],
         ["The whole run with its controls, training time", duration(sum(walls)) if walls else MISSING],
         ["Device", str(machine.get("device", MISSING))],
@@ -111,8 +120,13 @@ def compute_grid(report: Mapping[str, Any], *, grid_intensity: float | None) -> 
             ", ".join(str(machine[key]) for key in ("processor", "accelerator", "system") if machine.get(key))
             or MISSING,
         ],
-        ["Energy", "not measured" if kilowatt_hours is None else f"{number(kilowatt_hours)} kWh"],
-        ["Carbon", _carbon_words(carbon, grid_intensity, measured=kilowatt_hours is not None)],
+        *(
+            [["Energy, training of this model", _energy_words(student, "")]]
+            if _kilowatt_hours(student) is not None
+            else []
+        ),
+        ["Energy", _energy_words(run, note)],
+        ["Carbon", _carbon_words(carbon, grid_intensity, measured=_kilowatt_hours(run) is not None)],
     ]
     return Grid(["", ""], rows, text_columns=2, notes=["What the teacher itself once cost is in none of these."])
 

@@ -17,6 +17,7 @@ from limbeck.recipe import Recipe
 from limbeck.recipe_agreement import reads_teachers_trie
 from limbeck.recipe_objectives import CROSS_TOKENIZER
 from limbeck.recipe_teachers import Teacher
+from limbeck.stage_costs import TRIE_PATHS
 from limbeck.store.store import TargetStore
 from limbeck.teachers.base import TargetSource
 from limbeck.teachers.crossed import CrossTokenizerTeacher
@@ -34,10 +35,6 @@ from limbeck.train.distil import Term
 
 if TYPE_CHECKING:
     from limbeck.pipeline import Run
-
-
-# Tokens that are followed through the trie at each patch, unless the recipe says otherwise.
-TRIE_PATHS = 8
 
 
 @dataclass

@@ -497,6 +497,14 @@ def test_energy_and_carbon_only_where_they_were_measured(tmp_path):
     assert carbon_grams(report, grid_intensity=400.0) == 800.0
     assert carbon_grams(report, grid_intensity=None) is None
     assert carbon_grams({"run": {}}, grid_intensity=400.0) is None
+    whole = {"run": {"energy_joules": 7.2e6, "energy_note": "RAPL: package-0"}, "student": {"energy_joules": 3.6e6}}
+    rows = dict(compute_grid(whole, grid_intensity=None).rows)
+    assert rows["Energy"] == "2.000 kWh (RAPL: package-0)"
+    assert rows["Energy, training of this model"] == "1.000 kWh"
+    unread = {"run": {"energy_joules": None, "energy_note": "not reported by this machine"}, "student": {}}
+    rows = dict(compute_grid(unread, grid_intensity=400.0).rows)
+    assert rows["Energy"] == "not measured: not reported by this machine"
+    assert rows["Carbon"] == "not stated: energy was not measured"
     said = []
     _, card = dry(make_run(tmp_path), tmp_path, grid_intensity=400.0, say=said.append)
     assert "co2_eq_emissions" not in card.data.to_dict()

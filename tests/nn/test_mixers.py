@@ -7,6 +7,7 @@ from tests.nn.test_trunk import BASE, inputs, trunk_of
 from torch import nn
 
 from limbeck.core.errors import RecipeError
+from limbeck.models.metering import FlopMeter
 from limbeck.nn.byte_pool import BytePoolNetwork
 from limbeck.nn.byte_pool_settings import BytePoolSettings
 from limbeck.nn.compact import CompactNetwork
@@ -172,6 +173,24 @@ def test_models_of_tokens_and_of_bytes_read_on_as_they_read_at_once():
     state = symbols.start(1)
     parts = [symbols.advance(part_BT, state) for part_BT in row_BT.split([3, 1, 1, 4, 5], dim=1)]
     torch.testing.assert_close(torch.cat(parts, dim=1), symbols(row_BT), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("layers", [["toy"] * 4, LAYERS], ids=["alone", "with others"])
+def test_a_meter_counts_it_by_its_own_word_and_its_parts_not_again(layers):
+    model = CompactNetwork(vocab_size=20, trunk=TRUNK | {"mixers": layers})
+    ids_BT = torch.randint(0, 20, (3, 12))
+    foretold = sum(3 * 12 * one for one in (model.trunk.flops_per_position(12), 2 * model.head.weight.numel()))
+    meter = FlopMeter([model])
+    model(ids_BT).sum().backward()
+    assert meter.flops == pytest.approx(3 * foretold, rel=0.01)
+    if "hyena" not in layers:
+        before = meter.flops
+        with torch.no_grad():
+            cache = TrunkCache.empty(model.trunk, 3, "cpu", torch.float32)
+            for part_BT in ids_BT.split([5, 1, 6], dim=1):
+                model(part_BT, cache=cache)
+        assert meter.flops - before == pytest.approx(foretold, rel=0.01)
+    meter.close()
 
 
 def test_a_saved_model_comes_back_writes_and_says_which_mixer_is_missing(tmp_path, monkeypatch):

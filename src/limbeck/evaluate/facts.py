@@ -59,6 +59,10 @@ class RunFacts(Facts):
     recipe: Printable = Field(default="", description="The resolved recipe, as text")
     teacher_source: str | None = Field(default=None, description="Where the teacher came from")
     wall_seconds: dict[str, Measured] = Field(default_factory=dict, description="Wall time of each part, in seconds")
+    energy_joules: Measured = Field(
+        default=None, description="What training took, all arms and seeds; null when a part of it was not measured"
+    )
+    energy_note: Printable = Field(default="", description="What reported the energy, or why there is no figure")
 
 
 class TextFacts(Facts):
@@ -101,6 +105,8 @@ class StageFacts(Facts):
     final_loss: Measured = None
     loss_curve: list[tuple[float, Measured]] = Field(default_factory=list, description="[tokens seen, loss], in order")
     warnings: list[str] = Field(default_factory=list, description="What the diagnoses of the loss gave reason to say")
+    energy_joules: Measured = Field(default=None, description="By the machine's own counters")
+    energy_note: Printable = Field(default="", description="What reported it, or why there is no figure")
 
 
 class Sample(Facts):
@@ -139,7 +145,8 @@ class ModelFacts(Facts):
     top1_agreement: Measured = Field(default=None, description="Share of positions with the teacher's first choice")
     top1_standard_error: Measured = None
     tokens_spent: int = Field(default=0, description="Training tokens of this run, all stages")
-    flops_spent: Measured = Field(default=None, description="Estimated training operations of this run, all stages")
+    flops_spent: Measured = Field(default=None, description="Training operations of this run, all stages, counted")
+    energy_joules: Measured = Field(default=None, description="Of the training of this run, all stages")
     stages: list[StageFacts] = Field(default_factory=list)
     samples: list[Sample] = Field(default_factory=list)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from limbeck.evaluate.facts import ModelFacts, ReportFacts, SpeedRow
 from limbeck.evaluate.verdict import perplexity_ratio
-from limbeck.evaluate.wording import MISSING, count, duration, memory, number, percent, ratio
+from limbeck.evaluate.wording import MISSING, count, duration, energy, memory, number, percent, ratio
 
 MODEL_NAMES = {
     "teacher": "Teacher",
@@ -73,7 +73,9 @@ def _quality_cells(model: ModelFacts, teacher: ModelFacts | None) -> list[str]:
 
 
 def budget_table(facts: ReportFacts) -> Table:
-    """Every model's size and what its training took in this run."""
+    """Every model's size and what its training took in this run; energy where any of it was measured."""
+    models = facts.models().items()
+    measured = any(model.energy_joules is not None for _, model in models)
     rows = [
         [
             MODEL_NAMES[name],
@@ -81,11 +83,24 @@ def budget_table(facts: ReportFacts) -> Table:
             memory(model.parameter_bytes),
             count(model.tokens_spent),
             count(model.flops_spent),
+            *([energy(model.energy_joules)] if measured else []),
         ]
-        for name, model in facts.models().items()
+        for name, model in models
     ]
-    notes = ["Tokens and FLOPs: training within this run; what the teacher itself once cost is not in it."]
-    return Table(["", "Parameters", "Size", "Tokens trained on", "FLOPs"], rows, notes=notes)
+    notes = [
+        "Tokens, FLOPs and energy: training within this run; what the teacher itself once cost is not in it.",
+        _energy_words(facts),
+    ]
+    columns = ["", "Parameters", "Size", "Tokens trained on", "FLOPs", *(["Energy"] if measured else [])]
+    return Table(columns, rows, notes=[note for note in notes if note])
+
+
+def _energy_words(facts: ReportFacts) -> str:
+    """Where the energy is from, or why there is none; nothing of a report from before it was looked at."""
+    run = facts.run
+    if run.energy_joules is not None:
+        return f"Energy of all training, further seeds included: {energy(run.energy_joules)} ({run.energy_note})."
+    return f"Energy: not measured: {run.energy_note}." if run.energy_note else ""
 
 
 def teaching_table(facts: ReportFacts) -> Table | None:

@@ -58,6 +58,15 @@ def duration(value: float | None) -> str:
     return "0 s" if value == 0 else f"{number(value / 1e-6, 3)} µs"
 
 
+def energy(joules: float | None) -> str:
+    """Joules as J, Wh or kWh: 1.25 kWh."""
+    if joules is None or not math.isfinite(joules):
+        return MISSING
+    if joules < 360:
+        return f"{number(joules, 3)} J"
+    return f"{number(joules / 3600, 3)} Wh" if joules < 3.6e6 else f"{number(joules / 3.6e6, 3)} kWh"
+
+
 def listing(values: Sequence[int | str]) -> str:
     """Words or whole numbers in a sentence: 512, 2,048 and 8,192."""
     words = [f"{value:,}" if isinstance(value, int) else value for value in values]

@@ -239,17 +239,28 @@ class BytePoolNetwork(nn.Module):
 
         mean_patch_bytes: how many bytes a patch has on average. All patches count as if they had so many.
         """
-        settings, symbols = self.settings, mean_patch_bytes + 1
-        is_parallel = settings.mode == "stlm_parallel"
-        decoder_slots = settings.patch_bytes if is_parallel else settings.prefix_slots + mean_patch_bytes
-        total = self.trunk.flops_per_position(context_symbols / symbols) + symbols * 2 * SYMBOLS * settings.local_width
-        for part, slots in ((self.encoder, mean_patch_bytes), (self.decoder, decoder_slots)):
-            for block in part.blocks:
-                attention = cast(LocalBlock | WideningBlock, block).attention
-                seen = (slots + 1) / 2 if attention.causal else slots
-                total += slots * (2 * _matrix_weights(block) + 4 * attention.heads * attention.head_width * seen)
-            total += 2 * (_matrix_weights(part) - _matrix_weights(part.blocks))
-        return total / symbols
+        symbols = mean_patch_bytes + 1
+        total = self.trunk.flops_per_position(context_symbols / symbols) + _local_flops(self.encoder, mean_patch_bytes)
+        return (total + self.flops_per_path(mean_patch_bytes)) / symbols
+
+    def flops_per_path(self, content_bytes: float) -> float:
+        """Operations of spelling out one patch of so many bytes after a state, with the logits of its symbols."""
+        settings = self.settings
+        slots = settings.prefix_slots + content_bytes
+        if settings.mode == "stlm_parallel":
+            slots = settings.patch_bytes
+        return _local_flops(self.decoder, slots) + (content_bytes + 1) * 2 * SYMBOLS * settings.local_width
+
+
+def _local_flops(part: nn.Module, slots: float) -> float:
+    """Operations of an encoder or decoder for one patch of so many slots."""
+    blocks = cast(nn.ModuleList, part.blocks)
+    total = 2.0 * (_matrix_weights(part) - _matrix_weights(blocks))
+    for block in blocks:
+        attention = cast(LocalBlock | WideningBlock, block).attention
+        seen = (slots + 1) / 2 if attention.causal else slots
+        total += slots * (2 * _matrix_weights(block) + 4 * attention.heads * attention.head_width * seen)
+    return total
 
 
 def _matrix_weights(module: nn.Module) -> int:

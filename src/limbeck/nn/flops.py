@@ -10,9 +10,17 @@ def attention_flops_per_token(query_width: int, *, context_tokens: float, window
 
     A token attends to (T + 1) / 2 tokens on average; with a sliding window to no more than the window.
     """
-    span = min(window or context_tokens, context_tokens)
-    attended = span * (context_tokens - span) + span * (span + 1) / 2
-    return 4 * query_width * attended / context_tokens
+    return 4 * query_width * attended_tokens(0, context_tokens, window=window) / context_tokens
+
+
+def attended_tokens(past: float, new: float, *, window: int | None = None) -> float:
+    """How many tokens `new` tokens look at together, themselves included, when `past` stand before them."""
+
+    def from_start(tokens: float) -> float:
+        span = min(window or tokens, tokens)
+        return span * (tokens - span) + span * (span + 1) / 2
+
+    return from_start(past + new) - from_start(past)
 
 
 def hyena_flops_per_token(channels: int, *, order: int, short_conv: int, context_tokens: float) -> float:
@@ -25,3 +33,14 @@ def hyena_flops_per_token(channels: int, *, order: int, short_conv: int, context
     """
     long_convolution = 10 * math.log2(2 * context_tokens) + 6 + 2
     return channels * ((order - 1) * long_convolution + order + 2 * short_conv * (order + 1))
+
+
+def hyena_flops(channels: int, *, order: int, short_conv: int, past: float, new: float) -> float:
+    """Token mixing of `new` tokens after `past`: what reading all costs less what reading the past costs."""
+
+    def from_start(tokens: float) -> float:
+        if not tokens:
+            return 0.0
+        return tokens * hyena_flops_per_token(channels, order=order, short_conv=short_conv, context_tokens=tokens)
+
+    return from_start(past + new) - from_start(past)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
+
+from torch import nn
 
 from limbeck.core.errors import TeacherError
 from limbeck.core.types import Batch, Targets
@@ -57,6 +59,15 @@ class TargetSource(Protocol):
     def targets(self, batch: Batch) -> Targets:
         """What the teacher says about a batch, on the batch's device and without gradients."""
         ...
+
+
+def models_of(source: TargetSource | None) -> Iterator[nn.Module]:
+    """The models that a source asks in this process; none of a store, or of an endpoint."""
+    model = getattr(source, "model", None)
+    if isinstance(model, nn.Module):
+        yield model
+    for member in getattr(source, "teachers", ()):
+        yield from models_of(member)
 
 
 def refuse_missing(wanted: Wanted, *, source: str, offers: Collection[str], advice: str) -> None:

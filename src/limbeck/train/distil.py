@@ -21,7 +21,7 @@ from limbeck.objectives.combine import scored_ids, scored_rows, scored_targets
 from limbeck.objectives.cross_tokenizer import border_earth_movers, chunk_likelihood, chunk_log_probs, target_log_probs
 from limbeck.objectives.features import FEATURE_OBJECTIVES, feature_loss, feature_positions
 from limbeck.objectives.terms import LOGIT_OBJECTIVES, LogitTerm
-from limbeck.teachers.base import TargetSource, Wanted
+from limbeck.teachers.base import TargetSource, Wanted, models_of
 from limbeck.train.diagnostics import gradient_shares
 from limbeck.train.lesson import Lesson, LossAndTerms
 
@@ -108,6 +108,10 @@ class DistilLesson(Lesson):
         """The projections between widths."""
         if self.projections is not None:
             yield from ((f"projections.{name}", p) for name, p in self.projections.named_parameters())
+
+    def networks(self) -> Iterator[nn.Module]:
+        """Student, projections, and the teacher's models, as far as they are in this process."""
+        yield from (*super().networks(), *models_of(self._source[0]))
 
     def state_tensors(self) -> dict[str, Tensor]:
         """Projections, and whatever the teacher has to remember."""

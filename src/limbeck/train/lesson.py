@@ -52,6 +52,10 @@ class Lesson(nn.Module):
         """Parameters trained beside the student's that do not belong to it, by name."""
         return iter(())
 
+    def networks(self) -> Iterator[nn.Module]:
+        """All that runs when it is called, for counting operations: itself, and teachers outside the module tree."""
+        yield self
+
     def state_tensors(self) -> dict[str, Tensor]:
         """What must be kept beside the student's weights to continue the stage exactly."""
         return {}

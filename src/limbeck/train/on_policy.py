@@ -31,6 +31,8 @@ from limbeck.train.rollouts import ReuseBuffer, RowWriter, Writing, replace_rows
 
 _TEXT = "cross_entropy"
 _POLICY = "reverse_kl"
+HELDOUT_CHECKS = 20
+"""How often in a stage an adaptive lesson looks at held-out text."""
 _CREDITS = {"step": approximate_credit, "prefix": unbiased_credit}
 
 
@@ -124,7 +126,7 @@ class AdaptiveLesson(OnPolicyLesson):
         first_share: float = 0.0,
         growth: float = 0.1,
         tolerance_nats: float = 0.1,
-        checks: int = 20,
+        checks: int = HELDOUT_CHECKS,
         projections: FeatureProjections | None = None,
         vocabulary_size: int | None = None,
         crosses_tokenizers: bool = False,

@@ -53,6 +53,10 @@ class AlignLesson(Lesson):
         """All positions count: there is no padding in packed windows."""
         return batch.input_ids_BT.numel()
 
+    def networks(self) -> Iterator[nn.Module]:
+        """Student and teacher."""
+        yield from (*super().networks(), *self._teacher)
+
     def forward(self, batch: Batch) -> LossAndTerms:
         """Sum over layers and tokens of the normalised squared error, divided by the number of layers."""
         watched = {layer: self._teacher_mixers[layer] for layer in self.layers}

@@ -7,7 +7,6 @@ run stopped anywhere and continued gives the same weights as one that was not, b
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, field
@@ -31,6 +30,7 @@ from limbeck.core.runtime import (
 )
 from limbeck.core.types import Batch
 from limbeck.data.order import Mixture
+from limbeck.train.books import Books, EnergyCounters
 from limbeck.train.checkpoint import Checkpoint, newest_for_all, save_checkpoint
 from limbeck.train.curriculum import Curriculum, check_curricula, eased
 from limbeck.train.diagnostics import warnings_of
@@ -49,9 +49,9 @@ from limbeck.train.stages import DropoutSchedule, dropout_put_back, set_dropout
 
 @dataclass(frozen=True)
 class StageSettings:
-    """How one stage is trained. Meanings and units as in the recipe; `flops_per_token` is for the books;
-    `diagnoses`: how often in the stage the terms of the loss are weighed against each other. `length_curriculum`: (share of
-    the stage, divisor of the rows' length); `patch_curriculum`: (share, most symbols in a patch); see `train.curriculum`."""
+    """How one stage is trained. Meanings and units as in the recipe; `diagnoses`: how often in the stage the terms of the loss
+    are weighed against each other. `length_curriculum`: (share of the stage, divisor of the rows' length);
+    `patch_curriculum`: (share, most symbols in a patch); see `train.curriculum`."""
 
     name: str
     tokens: int
@@ -71,7 +71,6 @@ class StageSettings:
     checkpoint_every_tokens: int | None = None
     keep_checkpoints: int = 2
     mixer_names: frozenset[str] = frozenset()
-    flops_per_token: float = 0.0
     diagnoses: int = 0
     embedding_learning_rate: float | None = None
     scalar_learning_rate: float | None = None
@@ -89,16 +88,19 @@ class StageSettings:
 
 @dataclass
 class StageResult:
-    """What a stage cost and how its loss went: `curve` is [tokens, loss] pairs."""
+    """What a stage cost and how its loss went: `curve` is [tokens, loss] pairs. flops: counted while it ran. joules: None
+    when they were not measured; energy_note says why, or what reported them."""
 
     name: str
     tokens: int
     seconds: float
-    flops: float
+    flops: int
     final_loss: float
     curve: list[list[float]] = field(default_factory=list)
     terms: dict[str, float] = field(default_factory=dict)
     warnings: list[str] = field(default_factory=list)
+    joules: float | None = None
+    energy_note: str = ""
 
 
 def train_stage(
@@ -114,17 +116,19 @@ def train_stage(
     first_sample: int = 0,
     progress: Progress | None = None,
     stop: StopRequest | None = None,
+    energy: EnergyCounters | str | None = None,
 ) -> StageResult:
     """Train one stage to its token budget, from its newest checkpoint if there is one.
 
     first_sample: the number of the first row in the global order (rows seen by earlier stages lie before it). On
     return the student holds the stage's weights (their moving average where `ema_decay` is set), and its own dropout.
+    energy: the machine's counters, or why there are none.
 
     Raises: TrainingError when the loss or gradient is not finite (the last checkpoint stays as it is); RecipeError when a
     curriculum does not fit the rows; SystemExit after saving when `stop` was set.
     """
     progress, stop = progress or SilentProgress(), stop or StopRequest()
-    stage = _Stage(lesson, data, settings, folder=folder, log=log, arm=arm, seed=seed, device=device)
+    stage = _Stage(lesson, data, settings, folder=folder, log=log, arm=arm, seed=seed, device=device, energy=energy)
     stage.resume()
     progress.start(f"{arm} · {settings.name}", stage.steps * settings.batch_tokens, stage.step * settings.batch_tokens)
     if stage.step:
@@ -132,7 +136,8 @@ def train_stage(
     try:
         with dropout_put_back(lesson.student):
             while stage.step < stage.steps:
-                loss = stage.update(first_sample)
+                with stage.books.update():
+                    loss = stage.update(first_sample)
                 progress.observe(terms=stage.last_terms, learning_rate=stage.learning_rate, warnings=stage.warnings)
                 progress.advance(settings.batch_tokens, f"loss {loss:.3f}")
                 exit_code = highest(stop.exit_code or 0)  # a signal reaches the processes at different steps
@@ -142,6 +147,7 @@ def train_stage(
                 if exit_code and stage.step < stage.steps:
                     raise SystemExit(exit_code)
     finally:
+        stage.books.meter.close()
         progress.finish()
     stage.use_average()
     return stage.result()
@@ -151,7 +157,8 @@ class _Stage:
     """The state of one stage while it is trained."""
 
     def __init__(
-        self, lesson: Lesson, data: Mixture, settings: StageSettings, *, folder: Path, log: MetricsLog, arm: str, seed: int, device: torch.device
+        self, lesson: Lesson, data: Mixture, settings: StageSettings, *, folder: Path, log: MetricsLog, arm: str, seed: int,
+        device: torch.device, energy: EnergyCounters | str | None,
     ):  # fmt: skip
         self.lesson, self.data, self.settings, self.folder = lesson, data, settings, folder
         self.log, self.arm, self.seed, self.device = log, arm, seed, device
@@ -166,7 +173,7 @@ class _Stage:
             context_tokens=data.context_tokens,
         )  # fmt: skip
         self.steps = settings.steps
-        self.step, self.seconds, self.learning_rate = 0, 0.0, 0.0
+        self.step, self.learning_rate = 0, 0.0
         self.last_terms: dict[str, float] = {}
         self.warnings: list[str] = []
         self.diagnoses: list[dict[str, float]] = []
@@ -179,6 +186,7 @@ class _Stage:
             embedding_learning_rate=settings.embedding_learning_rate, scalar_learning_rate=settings.scalar_learning_rate,
         )  # fmt: skip
         self.average = {name: p.detach().clone() for name, p in self.trained.items()} if settings.ema_decay else {}
+        self.books = Books(lesson, device=device, energy=energy)
         self.runner: Any = lesson
         if world_size() > 1:
             ids = [device.index] if device.type == "cuda" else None
@@ -198,7 +206,8 @@ class _Stage:
         self.lesson.load_state_tensors(checkpoint.tensors.get("lesson", {}))
         for name, value in checkpoint.tensors.get("average", {}).items():
             self.average[name].copy_(value)
-        self.step, self.seconds = checkpoint.step, checkpoint.facts["seconds"]
+        self.step = checkpoint.step
+        self.books.load(checkpoint.facts)
         self.last_terms, self.warnings = checkpoint.facts["terms"], list(checkpoint.facts["warnings"])
         self.diagnoses = list(checkpoint.facts["diagnoses"])
         if is_main():
@@ -206,7 +215,6 @@ class _Stage:
 
     def update(self, first_sample: int) -> float:
         """One optimiser update on the next global batch. Returns the mean loss of this process's part."""
-        begun = time.monotonic()
         settings = self.settings
         self.lesson.begin_update(self.step, self.steps)
         self._set_dropout()
@@ -243,7 +251,6 @@ class _Stage:
         self.step += 1
         self.lesson.end_update(self.step)
         self._move_average()
-        self.seconds += time.monotonic() - begun
         self.last_terms = means
         if is_main() and (is_logged or diagnosis):
             facts = {
@@ -280,7 +287,8 @@ class _Stage:
         return times > 0 and (done % max(1, self.steps // times) == 0 or done == self.steps)
 
     def _diagnose(self, part: Batch) -> dict[str, float]:
-        found = self.lesson.diagnose(part.to(self.device))
+        with self.books.meter.paused():
+            found = self.lesson.diagnose(part.to(self.device))
         self.diagnoses.append(found)
         self.warnings += [text for text in warnings_of(self.diagnoses) if text not in self.warnings]
         return found
@@ -316,6 +324,7 @@ class _Stage:
 
     def save(self) -> None:
         """Write a checkpoint (one process writes, all wait)."""
+        books = self.books.facts()
         if is_main():
             tensors = {"model": dict(weights_of(self.lesson.student)), "optimizer": self.optimizer.state_tensors()}
             if self.average:
@@ -324,7 +333,7 @@ class _Stage:
             if lesson:
                 tensors["lesson"] = lesson
             facts = {
-                "seconds": self.seconds, "terms": self.last_terms, "arm": self.arm, "stage": self.settings.name, "warnings": self.warnings,
+                **books, "terms": self.last_terms, "arm": self.arm, "stage": self.settings.name, "warnings": self.warnings,
                 "diagnoses": self.diagnoses,
             }  # fmt: skip
             save_checkpoint(self.folder, Checkpoint(self.step, tensors, facts), keep=self.settings.keep_checkpoints)
@@ -341,9 +350,8 @@ class _Stage:
         """The stage's books."""
         name = self.settings.name
         lines = [line for line in self.log.lines() if (line["arm"], line["stage"]) == (self.arm, name)]
-        tokens = self.steps * self.settings.batch_tokens
         return StageResult(
-            name=name, tokens=tokens, seconds=self.seconds, flops=tokens * self.settings.flops_per_token,
+            name=name, tokens=self.steps * self.settings.batch_tokens, **self.books.facts(),
             final_loss=self.last_terms.get("loss", math.nan), curve=[[line["tokens"], line["loss"]] for line in lines], terms=self.last_terms,
             warnings=self.warnings,
         )  # fmt: skip

@@ -168,6 +168,14 @@ def require_borders_of(tokenizer: Any, byte_tokenizer: Any, *, teacher: str) -> 
             f"the predictions of {teacher} byte by byte are for a student that reads bytes in patches, and this one's tokenizer "
             f"({type(byte_tokenizer).__name__}) does not. {advice}"
         )
+    reads = getattr(tokenizer, "patch_bytes", None)
+    if reads is not None:
+        raise VocabularyError(
+            f"{teacher} reads bytes itself, in patches of {reads} symbols cut by the rule {tokenizer.segmenter.name}; the student's "
+            f"have {byte_tokenizer.patch_bytes} and the rule {segmenter.name}. Give the student the same (tokenizer: {{segmenter: teacher}}, "
+            f"with tokenizer.patch_bytes and the student's own at {reads}), and any loss on predictions compares them symbol by symbol; "
+            "or use chunk_likelihood, which works for any two."
+        )
     if not isinstance(segmenter, BpeSegmenter):
         raise VocabularyError(
             f"the predictions of {teacher} byte by byte are for a student whose patches end where its tokens do; here they "

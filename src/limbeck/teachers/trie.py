@@ -73,7 +73,7 @@ class TrieTeacher:
             )
         self._entries, self._paths = entries, min(paths, len(self.trie.paths_CP))
         self._opening = leading_special_tokens(tokenizer) or ([] if tokens.end_id is None else [tokens.end_id])
-        self._adds_space = tokens.adds_space
+        self._adds = {"adds_space": tokens.adds_space, "adds_to_space": tokens.adds_to_space}
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
         self._wanted = Wanted()
         self._nodes = self.trie.nodes
@@ -98,7 +98,7 @@ class TrieTeacher:
         Raises: TrainingError when its logits are not numbers.
         """
         here = patch_tokens(
-            batch.to("cpu"), self.trie, opening=self._opening, adds_space=self._adds_space, limit_tokens=self._limit
+            batch.to("cpu"), self.trie, opening=self._opening, limit_tokens=self._limit, **self._adds
         )
         hidden_BUD = self._split.hidden(here.teacher_batch.to(self._split.input_device))
         # What follows needs float64 and sums of segments, which MPS has not.

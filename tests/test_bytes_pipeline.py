@@ -229,9 +229,7 @@ def test_a_teacher_of_bytes_is_captured_and_teaches_symbol_by_symbol(byte_teache
     capture = {"k": 260, "values": "float32", "check_rows": 1}
     live = recipe(byte_teacher, text, tokenizer={"segmenter": "teacher"}, stages=stages, capture=capture)
     assert capture_recipe(live, folder=tmp_path / "store", progress=False)["finished"]
-    stored = recipe(
-        byte_teacher, text, store=tmp_path / "store", tokenizer={"segmenter": "teacher"}, stages=stages
-    )
+    stored = recipe(byte_teacher, text, store=tmp_path / "store", tokenizer={"segmenter": "teacher"}, stages=stages)
     one, other = run(live, tmp_path / "live"), run(stored, tmp_path / "stored")
     assert losses(other) == pytest.approx(losses(one), rel=1e-4)
     assert not one["teaching"]["other_tokenizer"]

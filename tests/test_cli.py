@@ -301,3 +301,13 @@ def test_figures_are_written_for_people():
     assert words(12_345_678, unit="tokens") == "12.3 M"
     assert [words(value) for value in (None, True, [], [1, 2], "x")] == ["-", "yes", "-", "1, 2", "x"]
     assert finite({"a": [float("inf"), 1.5], "b": {2}}) == {"a": [None, 1.5], "b": [2]}
+
+
+def test_bytes_that_are_no_utf8_are_escaped_in_json(capfd):
+    """A prompt of any bytes comes from the command line as lone surrogates."""
+    from limbeck.console import show_facts
+
+    show_facts({"prompt": "caf\u00e9 \udcff"}, as_json=True)
+    shown = capfd.readouterr().out
+    assert json.loads(shown) == {"prompt": "caf\u00e9 \udcff"}
+    assert "caf\u00e9" in shown

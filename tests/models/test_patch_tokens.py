@@ -187,9 +187,7 @@ def test_a_document_that_begins_with_a_space_is_read_as_its_tokenizer_reads_it(k
     assert tokens.adds_space
     assert tokens.adds_to_space == (kind == "as Llama's")
     ids = [BOS, *bytes_(text, add_special_tokens=False)["input_ids"], EOD]
-    found = read(
-        batch_of(ids), trie, opening=(7,), adds_space=tokens.adds_space, adds_to_space=tokens.adds_to_space
-    )
+    found = read(batch_of(ids), trie, opening=(7,), adds_space=tokens.adds_space, adds_to_space=tokens.adds_to_space)
     assert found.teacher_batch.input_ids_BT[0].tolist() == [7, *encode_text(tokenizer, [text])[0], trie.end_id]
     is_spare = text.startswith(" ") and not tokens.adds_to_space
     first_known = ids.index(EOP) + 1 if is_spare else 1

@@ -97,9 +97,7 @@ class TrieTeacher:
 
         Raises: TrainingError when its logits are not numbers.
         """
-        here = patch_tokens(
-            batch.to("cpu"), self.trie, opening=self._opening, limit_tokens=self._limit, **self._adds
-        )
+        here = patch_tokens(batch.to("cpu"), self.trie, opening=self._opening, limit_tokens=self._limit, **self._adds)
         hidden_BUD = self._split.hidden(here.teacher_batch.to(self._split.input_device))
         # What follows needs float64 and sums of segments, which MPS has not.
         device = torch.device("cpu") if hidden_BUD.device.type == "mps" else hidden_BUD.device

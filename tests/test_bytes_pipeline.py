@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from limbeck import pipeline
 from limbeck.capturing import capture_recipe
-from limbeck.core.errors import CheckpointError, DataError, LimbeckError
+from limbeck.core.errors import CheckpointError, DataError, LimbeckError, VocabularyError
 from limbeck.core.symbols import BOS, EOD, EOP
 from limbeck.evaluation import evaluate_place
 from limbeck.models.byte_tokenizer import ByteTokenizer
@@ -214,3 +214,34 @@ def test_a_folder_where_nothing_was_trained_may_be_taken_by_a_corrected_recipe(t
     assert AutoTokenizer.from_pretrained(folder / "model").segmenter.name == "space"
     with pytest.raises(CheckpointError, match="another recipe"):
         run(recipe(None, text, tokenizer={"segmenter": "fixed:4"}), folder)
+
+
+@pytest.fixture(scope="module")
+def byte_teacher(text, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bytes") / "run"
+    run(recipe(None, text, stages=[TUNE | {"tokens": 512}]), folder)
+    return folder / "model"
+
+
+def test_a_teacher_of_bytes_is_captured_and_teaches_symbol_by_symbol(byte_teacher, text, tmp_path):
+    """Both at the teacher's borders: they share their symbols, live and stored."""
+    stages = [DISTIL | {"tokens": 1280}]
+    capture = {"k": 260, "values": "float32", "check_rows": 1}
+    live = recipe(byte_teacher, text, tokenizer={"segmenter": "teacher"}, stages=stages, capture=capture)
+    assert capture_recipe(live, folder=tmp_path / "store", progress=False)["finished"]
+    stored = recipe(byte_teacher, text, store=tmp_path / "store", tokenizer={"segmenter": "teacher"}, stages=stages)
+    one, other = run(live, tmp_path / "live"), run(stored, tmp_path / "stored")
+    assert losses(other) == pytest.approx(losses(one), rel=1e-4)
+    assert not one["teaching"]["other_tokenizer"]
+
+
+def test_what_a_teacher_of_bytes_does_not_know_is_refused_with_the_way_out(byte_teacher, text, tmp_path):
+    stage = {key: value for key, value in DISTIL.items() if key not in ("kl", "ce")}
+    trie = [{"objective": "byte_trie"}, {"objective": "cross_entropy"}]
+    words = {"tokenizer": {"segmenter": "teacher"}, "stages": [stage | {"objectives": trie}]}
+    with pytest.raises(VocabularyError, match="predicts symbols as this student does.*forward_kl"):
+        run(recipe(byte_teacher, text, **words), tmp_path / "trie")
+    shorter = STUDENT | {"architecture": SMALL | {"patch_bytes": 8}}
+    words = {"tokenizer": {"segmenter": "teacher"}, "student": shorter, "stages": [DISTIL]}
+    with pytest.raises(VocabularyError, match="in patches of 16 symbols.*the student's have 8"):
+        run(recipe(byte_teacher, text, **words), tmp_path / "short")

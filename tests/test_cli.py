@@ -386,3 +386,13 @@ def test_a_table_never_breaks_a_word(monkeypatch, capsys):
         "what fits when broken at blanks is a table"
     )
     assert max(map(len, lines)) <= 80
+
+
+def test_bytes_that_are_no_utf8_are_escaped_in_json(capfd):
+    """A prompt of any bytes comes from the command line as lone surrogates."""
+    from limbeck.console import show_facts
+
+    show_facts({"prompt": "caf\u00e9 \udcff"}, as_json=True)
+    shown = capfd.readouterr().out
+    assert json.loads(shown) == {"prompt": "caf\u00e9 \udcff"}
+    assert "caf\u00e9" in shown

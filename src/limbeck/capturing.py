@@ -55,7 +55,9 @@ def capture_recipe(
     teacher = assembly.open_teacher(recipe, device)
     assert teacher is not None
     cache = folder.parent / f".{folder.name}.tokens"
-    tokenizer = reading.open_tokenizer(recipe, teacher, cache) if reads_teachers_trie(recipe) else teacher.tokenizer
+    tokenizer = teacher.tokenizer
+    if reads_teachers_trie(recipe):
+        tokenizer = reading.same_object(reading.open_tokenizer(recipe, teacher, cache), teacher)
     enough = recipe.capture.tokens or int(1.1 * recipe.total_tokens) + 2 * recipe.student.calibration_tokens
     data = reading.open_data(recipe, tokenizer, cache, sources=recipe.data.train, max_tokens=enough)
     return _capture_live(recipe, teacher, tokenizer, data, folder, device, show, stop)

@@ -138,7 +138,9 @@ def print_markdown(text: str) -> None:
 def show_facts(facts: Mapping[str, Any], *, as_json: bool) -> None:
     """Print facts: pure JSON, or a table for each section."""
     if as_json:
-        print(json.dumps(finite(facts), indent=2, ensure_ascii=False))
+        text = json.dumps(finite(facts), indent=2, ensure_ascii=False)
+        # A byte that is no UTF-8 (of a prompt, say) is a lone surrogate in Python, and escaped in JSON.
+        print(text.encode(errors="backslashreplace").decode())
         return
     plain = {key: value for key, value in facts.items() if not isinstance(value, dict | list)}
     if plain:

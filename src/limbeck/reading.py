@@ -80,7 +80,7 @@ def _open_tokens(recipe: Recipe, teacher: LoadedTeacher | None, folder: Path) ->
     if words.source is not None:
         return load_tokenizer(words.source)
     if recipe.student.source is not None:
-        return _same_object(load_tokenizer(recipe.student.source), teacher)
+        return same_object(load_tokenizer(recipe.student.source), teacher)
     return teachers_tokenizer(recipe, teacher)
 
 
@@ -99,7 +99,7 @@ def teachers_tokenizer(recipe: Recipe, teacher: LoadedTeacher | None) -> Any:
     )
 
 
-def _same_object(tokenizer: Any, teacher: LoadedTeacher | None) -> Any:
+def same_object(tokenizer: Any, teacher: LoadedTeacher | None) -> Any:
     """The teacher's own tokenizer where the student's does exactly the same, so that one stands for both."""
     is_same = teacher is not None and tokenizer_fingerprint(tokenizer) == tokenizer_fingerprint(teacher.tokenizer)
     return teacher.tokenizer if is_same and teacher is not None else tokenizer

@@ -131,6 +131,11 @@ def _check_objectives(recipe: Recipe, teaching: Teaching) -> None:
             "chunk_likelihood is for a student with other tokens than its teacher; these two share theirs, so forward_kl "
             "says more at less cost. Use that."
         )
+    if "byte_trie" in named and not teaching.is_cross_tokenizer:
+        raise VocabularyError(
+            f"byte_trie follows a teacher's tokens byte by byte, and {teaching.name} predicts symbols as this student does: a model "
+            "of bytes, or a store of such predictions. Use forward_kl, which is exact here and costs less."
+        )
     if not teaching.is_cross_tokenizer or (recipe.teacher is not None and recipe.teacher.exact):
         return
     if teaching.is_trie and (teaching.store is None or named <= {"byte_trie", "cross_entropy"}):

@@ -203,6 +203,28 @@ def test_damaged_folders_are_refused(folder, tmp_path):
         load_bare(place)
 
 
+@pytest.mark.parametrize(
+    ("file", "changes", "words"),
+    [
+        ("config.json", {"vocab_size": 300}, "a byte model has 260 symbols"),
+        ("config.json", {"vocab_size": "260"}, "a byte model has 260 symbols"),
+        ("config.json", {"patch_bytes": 10**15}, "config.json is damaged"),
+        ("config.json", {"local_width": 2.5}, "config.json is damaged"),
+        ("config.json", {"eos_token_id": "end"}, "eos_token_id is"),
+        ("generation_config.json", {"eos_token_id": ["258"]}, "generation_config.json is damaged"),
+        ("segmenter.json", {"patch_bytes": 99}, "wrong tokenizer. It makes patches of up to 99"),
+    ],
+)
+def test_numbers_that_cannot_be_are_refused(folder, tmp_path, file, changes, words):
+    place = copied(folder("byte pool"), tmp_path / "a")
+    if file == "config.json":
+        (place / "generation_config.json").unlink(missing_ok=True)
+    kept = json.loads((place / file).read_text()) if (place / file).exists() else {}
+    (place / file).write_text(json.dumps(kept | changes))
+    with pytest.raises(CheckpointError, match=words):
+        load_bare(place)
+
+
 def test_weights_that_are_not_numbers_are_refused(folder):
     model = load_bare(folder("compact"))
     with torch.no_grad():

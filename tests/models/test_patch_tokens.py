@@ -6,8 +6,10 @@ from tests.objectives.trie_toys import END, PATCH_BYTES, PIECES
 
 from limbeck.core.symbols import BOS, EOD, EOP, PAD
 from limbeck.core.types import Batch
+from limbeck.models.byte_tokenizer import ByteTokenizer
 from limbeck.models.byte_trie import ByteTrie
 from limbeck.models.patch_tokens import patch_tokens
+from limbeck.models.token_bytes import encode_text, read_token_bytes
 from limbeck.objectives.byte_trie import FULL, INSIDE, START
 
 TRIE = ByteTrie.build(PIECES, END, patch_bytes=PATCH_BYTES)
@@ -154,6 +156,42 @@ def test_a_space_that_the_teacher_writes_itself():
     assert (other.node_M[0], other.source_I[0]) == (0, 1)
     again = read(batch_of(stream(BOS, b"b", EOD, b"ab")), trie, opening=(0,), adds_space=True)
     assert again.teacher_batch.input_ids_BT.tolist() == [[0, 1, 4, 0, 2]]
+
+
+def spare_with_spaces(kind):
+    """Tokenizers that write a space before a text, but not before one that begins with a space; and one that always does."""
+    from tests.models import toy_tokenizers as toy
+    from tokenizers import pre_tokenizers
+
+    if kind == "byte-level":
+        tokenizer = toy.byte_level(400)
+        tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+        return tokenizer
+    if kind == "metaspace":
+        return toy.changed(toy.sentence_piece(), lambda words: words["pre_tokenizer"].update(prepend_scheme="always"))
+
+    def as_llama(words):
+        replace = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+        parts = [{"type": "Prepend", "prepend": "\u2581"}, replace]
+        words.update(pre_tokenizer=None, normalizer={"type": "Sequence", "normalizers": parts})
+
+    return toy.changed(toy.sentence_piece(add_space=False), as_llama)
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "metaspace", "as Llama's"])
+@pytest.mark.parametrize("text", ["Ada met Bo.", " Ada met Bo.", "  Ada", " ", "   the weather", " \n Bo"])
+def test_a_document_that_begins_with_a_space_is_read_as_its_tokenizer_reads_it(kind, text):
+    tokenizer = spare_with_spaces(kind)
+    tokens, bytes_ = read_token_bytes(tokenizer), ByteTokenizer.from_tokenizer(tokenizer)
+    trie = ByteTrie.of_tokenizer(tokenizer)
+    assert tokens.adds_space
+    assert tokens.adds_to_space == (kind == "as Llama's")
+    ids = [BOS, *bytes_(text, add_special_tokens=False)["input_ids"], EOD]
+    found = read(batch_of(ids), trie, opening=(7,), adds_space=tokens.adds_space, adds_to_space=tokens.adds_to_space)
+    assert found.teacher_batch.input_ids_BT[0].tolist() == [7, *encode_text(tokenizer, [text])[0], trie.end_id]
+    is_spare = text.startswith(" ") and not tokens.adds_to_space
+    first_known = ids.index(EOP) + 1 if is_spare else 1
+    assert [place + 1 for place in found.place_M.tolist()] == list(range(first_known, len(ids)))
 
 
 @pytest.mark.parametrize("seed", range(3))

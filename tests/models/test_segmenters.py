@@ -394,6 +394,23 @@ def test_damaged_files_are_refused(tmp_path):
         read_segmenter(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"tables": []}, {"tables": [{"contexts": [3, 1], "millibits": [1, 2]}] * 3}, {"threshold_millibits": float("inf")},
+        {"tables": [{"contexts": [1, 3], "millibits": [1]}] * 3}, {"tables": [{"contexts": [[1]], "millibits": [[1]]}] * 3},
+    ],
+)  # fmt: skip
+def test_entropies_that_cannot_be_are_refused(tmp_path, change):
+    """Contexts out of order would be looked up in vain, and patches begin elsewhere than in training, unseen."""
+    save_segmenter(segmenters()["entropy"], tmp_path, patch_bytes=16)
+    words = json.loads((tmp_path / SEGMENTER_FILE).read_text())
+    words["segmenter"].update(change)
+    (tmp_path / SEGMENTER_FILE).write_text(json.dumps(words))
+    with pytest.raises(CheckpointError, match="damaged"):
+        read_segmenter(tmp_path)
+
+
 def test_segmenters_do_not_need_transformers(tmp_path):
     save_segmenter(segmenters()["bpe"], tmp_path, patch_bytes=16)
     code = (

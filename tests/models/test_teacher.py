@@ -195,19 +195,54 @@ def response():
         (hub.GatedRepoError, "hf auth login"),
         (hub.RevisionNotFoundError, "teacher.revision"),
         (hub.RepositoryNotFoundError, "Check the spelling"),
-        (hub.LocalEntryNotFoundError, "HF_HUB_OFFLINE=1"),
+        (hub.LocalEntryNotFoundError, "cannot be reached"),
     ],
 )
 def test_what_the_hub_says(monkeypatch, kind, words):
+    monkeypatch.setattr(teacher_module, "ask_hub_once", lambda name, revision: None)
     error = kind("no") if kind is hub.LocalEntryNotFoundError else kind("no", response=response())
     monkeypatch.setattr(teacher_module.AutoConfig, "from_pretrained", failing(error))
     with pytest.raises(TeacherError, match=words):
         load_teacher("someone/some-model")
 
 
-def test_the_hub_out_of_reach():
-    with pytest.raises(TeacherError, match="the Hub cannot be reached"):
-        load_teacher("someone/some-model-that-is-nowhere")
+@pytest.mark.parametrize("load", [load_teacher, load_tokenizer])
+def test_the_hub_out_of_reach(load):
+    with pytest.raises(TeacherError, match="no folder here.*the Hub cannot be reached"):
+        load("someone/some-model-that-is-nowhere")
+
+
+@pytest.mark.parametrize("load", [load_teacher, load_tokenizer])
+@pytest.mark.parametrize("name", ["nowhere", "someone/nowhere"])
+def test_a_hub_that_does_not_answer_is_asked_once(monkeypatch, load, name):
+    asked = []
+
+    def silent(self, repo_id, **options):
+        asked.append(repo_id)
+        raise ConnectionError("no route")
+
+    for kind in (teacher_module.AutoConfig, teacher_module.AutoTokenizer):
+        monkeypatch.setattr(kind, "from_pretrained", failing(AssertionError("transformers asks again and again")))
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", silent)
+    with pytest.raises(TeacherError, match=r"cannot be reached to ask for it \(no route\)"):
+        load(name)
+    assert asked == [name]
+
+
+@pytest.mark.parametrize("answer", ["cached", "refused", "no name"])
+def test_what_is_in_the_cache_or_was_answered_is_left_to_transformers(monkeypatch, answer):
+    refused = hub.HfHubHTTPError("no", response=response())
+    errors = {"refused": refused, "no name": ValueError("no"), "cached": ConnectionError("no route")}
+
+    def answering(self, repo_id, **options):
+        raise errors[answer]
+
+    cached = "/somewhere/config.json" if answer == "cached" else None
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", answering)
+    monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *words, **options: cached)
+    monkeypatch.setattr(teacher_module.AutoTokenizer, "from_pretrained", failing(KeyError("asked")))
+    with pytest.raises(TeacherError, match="no usable tokenizer .OSError: could not load"):
+        load_tokenizer("someone/some-model")
 
 
 def test_the_embedded_teacher_or_words_about_it(monkeypatch, tmp_path):

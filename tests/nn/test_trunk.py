@@ -282,6 +282,8 @@ def test_settings_survive_json():
     [
         ({"widht": 4}, 'Did you mean "width"'),
         ({"layers": 0}, "trunk.layers: must be at least 1"),
+        ({"layers": 10**9}, "cannot be right"),
+        ({"loop": [0, 3, 10**8]}, "cannot be right"),
         ({"activation": "silu"}, "trunk.activation"),
         ({"mixers": ["attention"]}, "1 are given for 4 layers"),
         ({"mixers": ["attention", "hiena", "hyena", "hyena"]}, 'Did you mean "hyena"'),

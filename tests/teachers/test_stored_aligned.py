@@ -184,3 +184,43 @@ def test_what_is_refused(tmp_path):
     make_store(tmp_path / "quiet", make_batches(2), source=Quiet())
     with pytest.raises(StoreError, match="does not keep the log-probability of every token"):
         StoredAlignedTargets(StoreWindows(tmp_path / "quiet", encode=as_bytes), tokenizer=None, tokens=BYTES)
+
+
+@pytest.mark.parametrize("width", [7, 11, 60])
+def test_a_store_of_symbols_keeps_what_the_ends_of_patches_cost_and_closes_no_document(tmp_path, width):
+    """A teacher of bytes: each chunk holds its bytes and the EOPs among and right behind them; a cut row has no end."""
+    from limbeck.core.symbols import EOD, EOP, SYMBOLS
+    from limbeck.models.byte_tokenizer import ByteTokenizer
+
+    teachers, students = ByteTokenizer("fixed:3"), ByteTokenizer("space")
+    documents = ["Ada met Bo. Bo saw Ada", "naïve 日本 and so on", "a"]
+    tokens, starts = tokenise(documents, encoder(teachers), end_token=EOD, max_tokens=None)
+    captured = TokenWindows(tokens, starts, context_tokens=width)
+    teacher = RandomTeacher(SYMBOLS)
+    capture(
+        teacher, [captured.rows([row]) for row in range(len(captured))], tmp_path / "s",
+        settings=CaptureSettings(CodecSettings(SYMBOLS, values="float32", k=260), fidelity_tokens=0),
+        teacher={"name": "random", "fingerprint": "r"}, tokenizer="symbols", token_bytes=read_token_bytes(teachers).pieces,
+    )  # fmt: skip
+    windows = StoreWindows(tmp_path / "s", encode=encoder(students), end_token=EOD, context_tokens=4 * width)
+    source = StoredAlignedTargets(windows, tokenizer=students, tokens=read_token_bytes(students))
+    ends = chunks = 0
+    for number in range(len(windows)):
+        row, student = windows.store.row(number), windows.rows([number])
+        mine = student.input_ids_BT[0].tolist()
+        assert mine.count(EOD) == row.input_ids.tolist().count(EOD)
+        aligned = source.targets(student).aligned
+        said = teacher.table[torch.tensor(row.input_ids.tolist())].log_softmax(-1)
+        before = np.cumsum(row.input_ids < 256) - (row.input_ids < 256)
+        head = next((n for n, byte in enumerate(row.text) if byte & 0xC0 != 0x80), 0)
+        place = head + np.cumsum(np.asarray(mine) < 256) - (np.asarray(mine) < 256)
+        for chunk, log_prob in enumerate(aligned.chunk_log_prob_BC[0][aligned.chunk_mask_BC[0]].tolist()):
+            bytes_ = [place[t] for t in np.flatnonzero(aligned.student_chunk_BT[0] == chunk) if mine[t] < 256]
+            inside = (before >= min(bytes_)) & (before <= max(bytes_)) & (row.input_ids < 256)
+            inside |= (before > min(bytes_)) & (before <= max(bytes_) + 1) & (row.input_ids == EOP)
+            expected = sum(float(said[t - 1, row.input_ids[t]]) for t in np.flatnonzero(inside))
+            assert log_prob == pytest.approx(expected, abs=1e-2)
+            ends += int((inside & (row.input_ids == EOP)).sum())
+            chunks += 1
+    assert chunks > 5
+    assert ends > 5

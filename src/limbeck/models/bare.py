@@ -20,7 +20,7 @@ from torch import Tensor
 
 from limbeck.core.errors import CheckpointError
 from limbeck.core.files import read_json
-from limbeck.core.symbols import EOD
+from limbeck.core.symbols import EOD, SYMBOLS
 from limbeck.models.bare_folder import SEGMENTER_FILE, TOKENIZER_FILE, WEIGHTS_FILE, is_bare
 from limbeck.models.bpe_segmenter import Pipeline
 from limbeck.models.segmenters import read_segmenter
@@ -144,10 +144,9 @@ def _read_network(config: dict[str, Any], weights: Path) -> BytePoolNetwork | Co
     try:
         with _nothing_drawn():
             network = _NETWORKS[config["model_type"]](config)
-    except (KeyError, TypeError) as error:
-        raise CheckpointError(
-            f"{weights.parent / 'config.json'} is damaged ({error}). Save the model again."
-        ) from error
+    # Numbers that cannot be: of another kind, or so large that there is no memory for it.
+    except (KeyError, TypeError, ValueError, RuntimeError, OverflowError, MemoryError) as error:
+        raise _damaged(weights.parent / "config.json", error) from error
     try:
         tensors = load_file(weights)
     except Exception as error:  # the library raises kinds of its own for damaged files
@@ -179,7 +178,13 @@ def _nothing_drawn() -> Iterator[None]:
             setattr(torch.nn.init, name, fill)
 
 
+def _damaged(path: Path, error: object) -> CheckpointError:
+    return CheckpointError(f"{path} is damaged ({error}). Save the model again.")
+
+
 def _byte_pool(config: dict[str, Any]) -> BytePoolNetwork:
+    if config.get("vocab_size", SYMBOLS) != SYMBOLS:
+        raise ValueError(f"vocab_size is {config['vocab_size']!r}; a byte model has {SYMBOLS} symbols")
     known = BytePoolSettings.__dataclass_fields__
     return BytePoolNetwork(BytePoolSettings.read({name: config[name] for name in known if name in config}))
 
@@ -193,6 +198,11 @@ def _read_text(folder: Path, config: dict[str, Any]) -> tuple[Callable[[bytes], 
     """How a prompt becomes ids, and the bytes of every id."""
     if (folder / SEGMENTER_FILE).is_file():
         segmenter, patch_bytes = read_segmenter(folder)
+        if patch_bytes > config.get("patch_bytes", patch_bytes):
+            raise CheckpointError(
+                f"{folder}: wrong tokenizer. It makes patches of up to {patch_bytes} symbols, and the model reads no more than "
+                f"{config['patch_bytes']}. Put the tokenizer that the model was trained with beside it."
+            )
         return (
             lambda data: open_prompt(encode_document(data, segmenter, patch_bytes=patch_bytes)),
             tuple(bytes([byte]) for byte in range(256)),
@@ -208,9 +218,13 @@ def _read_text(folder: Path, config: dict[str, Any]) -> tuple[Callable[[bytes], 
 def _end_ids(folder: Path, config: dict[str, Any]) -> frozenset[int]:
     """The ids that end a text: what generation_config.json says, else config.json."""
     path = folder / "generation_config.json"
-    ends = read_json(path).get("eos_token_id") if path.is_file() else None
+    words = read_json(path) if path.is_file() else {}
+    ends = words.get("eos_token_id") if isinstance(words, dict) else None
     ends = config.get("eos_token_id", EOD) if ends is None else ends
-    return frozenset(ends if isinstance(ends, list) else [] if ends is None else [ends])
+    found = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not (isinstance(words, dict) and all(type(end) is int for end in found)):
+        raise _damaged(path if path.is_file() else folder / "config.json", f"eos_token_id is {found!r}")
+    return frozenset(found)
 
 
 _NETWORKS: dict[str, Callable[[dict[str, Any]], BytePoolNetwork | CompactNetwork]] = {

@@ -74,11 +74,17 @@ class EntropySegmenter:
 
     @classmethod
     def from_facts(cls, facts: dict[str, Any], **_: Any) -> EntropySegmenter:
-        """What `facts` describes."""
+        """What `facts` describes. Raises: ValueError for tables that cannot be: not one for each length, or out of order."""
         tables = [
             (np.asarray(table["contexts"], dtype=np.int64), np.asarray(table["millibits"], dtype=np.int64))
             for table in facts["tables"]
         ]
+        is_right = [
+            contexts.ndim == 1 and contexts.shape == millibits.shape and bool((contexts[1:] > contexts[:-1]).all())
+            for contexts, millibits in tables
+        ]
+        if is_right != [True] * CONTEXT_BYTES:
+            raise ValueError(f"expected {CONTEXT_BYTES} tables of rising contexts, each with its entropy")
         return cls(tables, threshold_millibits=int(facts["threshold_millibits"]))
 
     def facts(self) -> dict[str, Any]:

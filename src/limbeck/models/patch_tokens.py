@@ -45,13 +45,15 @@ class PatchTokens:
 
 
 def patch_tokens(
-    batch: Batch, trie: ByteTrie, *, opening: Sequence[int], adds_space: bool = False, limit_tokens: int | None = None
-) -> PatchTokens:
+    batch: Batch, trie: ByteTrie, *, opening: Sequence[int], adds_space: bool = False, adds_to_space: bool = True,
+    limit_tokens: int | None = None,
+) -> PatchTokens:  # fmt: skip
     """Read rows of symbols, cut anywhere, as the teacher's tokens. The batch lies on the processor.
 
     opening: what the teacher reads before a text; without it the first token of every document is not predicted.
-    adds_space: its tokenizer writes a space before a document. limit_tokens: most tokens that it can read in a document;
-    nothing is said about what comes after.
+    adds_space: its tokenizer writes a space before a document; adds_to_space: also before one that begins with a space. If
+    not, such a document's first patch is read as it is, and nothing is said about it: to the teacher " a" and "a" are one
+    text. limit_tokens: most tokens that it can read in a document; nothing is said about what comes after.
     """
     layout = read_patches(batch.input_ids_BT, patch_bytes=trie.patch_bytes, document_ids_BT=batch.document_ids_BT)
     width = batch.input_ids_BT.shape[1]
@@ -59,7 +61,7 @@ def patch_tokens(
     is_first_N = layout.slots_N == 0
     first_M[layout.patch_N[is_first_N]] = layout.places_N[is_first_N]
     flat = batch.input_ids_BT.flatten().tolist()
-    rows = [_TeacherRow(trie, opening, adds_space, limit_tokens) for _ in range(len(batch.input_ids_BT))]
+    rows = [_TeacherRow(trie, opening, adds_space, adds_to_space, limit_tokens) for _ in range(len(batch.input_ids_BT))]
     before = None
     for first, size, row, document in zip(
         first_M.tolist(), layout.sizes_M.tolist(), layout.rows_M.tolist(), layout.documents_M.tolist(), strict=True
@@ -92,6 +94,7 @@ class _TeacherRow:
     trie: ByteTrie
     opening: Sequence[int]
     adds_space: bool
+    adds_to_space: bool
     limit_tokens: int | None
     ids: list[int] = field(default_factory=list)
     documents: list[int] = field(default_factory=list)
@@ -138,6 +141,8 @@ class _TeacherRow:
         """
         whole = len(waiting) - (not waiting[-1].is_closed)
         space = b" " if self._opens_text and self.adds_space else b""
+        if space and not self.adds_to_space and waiting[0].content[:1] == b" ":
+            space, self._is_cut = b"", True
         goes_on = whole < len(waiting) and self.trie.find(space + _join(waiting)) >= 0
         most = -(-self.trie.longest_bytes // (self.trie.patch_bytes - 1))
         for count in range(min(whole, most), 0, -1):

@@ -113,7 +113,7 @@ def read_segmenter(folder: Path) -> tuple[Segmenter, int]:
         if facts["kind"] not in SEGMENTERS:
             raise CheckpointError(f"{path}: {unknown_piece('segmenter', str(facts['kind']), SEGMENTERS)}")
         segmenter = SEGMENTERS[facts["kind"]].from_facts(facts, folder=folder, name=str(words["name"]))
-    except (ValueError, TypeError, KeyError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({type(error).__name__}: {error}). {advice}") from error
     check_fit(segmenter, patch_bytes)
     return segmenter, patch_bytes

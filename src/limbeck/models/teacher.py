@@ -19,7 +19,7 @@ from limbeck.models.bare_folder import SEGMENTER_FILE
 from limbeck.models.byte_tokenizer import ByteTokenizer
 from limbeck.models.hybrid import register_model
 from limbeck.models.large import quantised_options
-from limbeck.models.teacher_errors import explain_loading, refuse_folder
+from limbeck.models.teacher_errors import ask_hub_once, explain_loading, hub_reason, refuse_folder
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 EMBEDDED = "embedded"
@@ -75,7 +75,7 @@ def load_teacher(
     if dtype not in DTYPES:
         raise TeacherError("teacher.dtype: " + unknown_name("dtype", dtype, DTYPES))
     register_model()
-    place = _locate(source)
+    place = _locate_to_load(source, revision=revision)
     options = {} if quantise is None else _quantised_options(place, quantise, DTYPES[dtype], torch.device(device))
     model = _load_model(place, options, revision=revision, dtype=DTYPES[dtype], trust_remote_code=trust_remote_code)
     tokenizer = _load_tokenizer(place, revision=revision, trust_remote_code=trust_remote_code)
@@ -89,7 +89,8 @@ def load_tokenizer(source: str, *, revision: str | None = None, trust_remote_cod
 
     Raises: TeacherError when there is none.
     """
-    return _load_tokenizer(_locate(source, weights=False), revision=revision, trust_remote_code=trust_remote_code)
+    place = _locate_to_load(source, revision=revision, weights=False)
+    return _load_tokenizer(place, revision=revision, trust_remote_code=trust_remote_code)
 
 
 def _locate(source: str, *, weights: bool = True) -> _Place:
@@ -116,6 +117,13 @@ def _locate(source: str, *, weights: bool = True) -> _Place:
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise TeacherError(f"teacher.source: there is no folder {path}. Check the path, or give a Hub id (owner/name).")
     return _Place("hub", source, {})
+
+
+def _locate_to_load(source: str, *, revision: str | None, weights: bool = True) -> _Place:
+    place = _locate(source, weights=weights)
+    if place.kind == "hub":
+        ask_hub_once(place.name, revision=revision or "main")
+    return place
 
 
 def _quantised_options(place: _Place, quantise: str, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
@@ -216,6 +224,8 @@ def _load_tokenizer(place: _Place, *, revision: str | None, trust_remote_code: b
                 place.name, revision=revision or "main", trust_remote_code=trust_remote_code, **place.options
             )
     except Exception as error:
+        if (reason := hub_reason(error, place.name)) is not None:
+            raise TeacherError(reason) from error
         raise TeacherError(
             f"{place.name} has no usable tokenizer ({type(error).__name__}: "
             f"{str(error).splitlines()[0] if str(error) else 'no reason given'}). Save the teacher's tokenizer into "

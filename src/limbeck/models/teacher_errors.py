@@ -12,6 +12,9 @@ from safetensors import SafetensorError
 
 from limbeck.core.errors import LimbeckError, TeacherError
 
+_UNREACHED = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)
+_FIRST_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json")
+_SECONDS_TO_ANSWER = 10
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin", "pytorch_model*.bin.index.json")
 
 
@@ -61,6 +64,51 @@ def _install_hint(kind: str) -> str:
 def _reason(error: Exception, name: str, kind: str) -> str:
     chain = list(_chain(error))
     detail = f"({type(error).__name__}: {_first_line(error)})"
+    from_hub = hub_reason(error, name)
+    if from_hub is not None:
+        return from_hub
+    if any(isinstance(link, SafetensorError) for link in chain):
+        return f"{name}: a weights file cannot be read {detail}; it is truncated or damaged. Get it again."
+    if "trust_remote_code" in str(error):
+        return f"{name} needs code that its authors ship, which is not run unless trust_remote_code is asked for."
+    if "AutoModelForCausalLM" in str(error):
+        return f"{name} is not a causal language model {detail}. Choose a decoder-only model."
+    what = "GGUF file" if kind == "gguf" else "model"
+    return (
+        f"{name}: the {what} cannot be loaded {detail}. It is damaged, incomplete, or of a kind that the installed "
+        "transformers does not know."
+    )
+
+
+def ask_hub_once(name: str, *, revision: str) -> None:
+    """Refuse a Hub id at once when it is not in the local cache and the Hub does not answer: transformers would ask a dozen times.
+
+    Raises: TeacherError. Whatever the Hub does answer is left to transformers.
+    """
+    from huggingface_hub import HfApi, try_to_load_from_cache
+
+    try:
+        if any(isinstance(try_to_load_from_cache(name, file, revision=revision), str) for file in _FIRST_FILES):
+            return
+        HfApi().model_info(name, revision=revision, timeout=_SECONDS_TO_ANSWER)
+    except (hub.HfHubHTTPError, ValueError):
+        return
+    except Exception as error:
+        raise TeacherError(_not_reached(name, error)) from error
+
+
+def _not_reached(name: str, error: BaseException) -> str:
+    why = "HF_HUB_OFFLINE is set" if isinstance(error, hub.OfflineModeIsEnabled) else _first_line(error)
+    return (
+        f"{name} is no folder here and not in the local cache, and the Hub cannot be reached to ask for it ({why}). Check the "
+        "spelling; get it once where there is a network, or give a folder or .gguf file instead."
+    )
+
+
+def hub_reason(error: BaseException, name: str) -> str | None:
+    """What the Hub's answer means, in words; None when the error is none of the Hub's."""
+    chain = list(_chain(error))
+    detail = f"({type(error).__name__}: {_first_line(error)})"
     if any(isinstance(link, hub.GatedRepoError) for link in chain):
         return (
             f"{name} is gated: accept its licence at https://huggingface.co/{name}, then log in with `hf auth login` "
@@ -73,22 +121,9 @@ def _reason(error: Exception, name: str, kind: str) -> str:
             f"{name} is neither a folder here nor a public model on the Hub. Check the spelling (owner/name); if the "
             "model is private, log in with `hf auth login`."
         )
-    if any(isinstance(link, (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled)) for link in chain):
-        return (
-            f"{name} is not in the local cache and the Hub cannot be reached. Get it once where there is a network, "
-            "or give a folder or .gguf file instead; set HF_HUB_OFFLINE=1 to skip the waiting for a network."
-        )
-    if any(isinstance(link, SafetensorError) for link in chain):
-        return f"{name}: a weights file cannot be read {detail}; it is truncated or damaged. Get it again."
-    if "trust_remote_code" in str(error):
-        return f"{name} needs code that its authors ship, which is not run unless trust_remote_code is asked for."
-    if "AutoModelForCausalLM" in str(error):
-        return f"{name} is not a causal language model {detail}. Choose a decoder-only model."
-    what = "GGUF file" if kind == "gguf" else "model"
-    return (
-        f"{name}: the {what} cannot be loaded {detail}. It is damaged, incomplete, or of a kind that the installed "
-        "transformers does not know."
-    )
+    if any(isinstance(link, _UNREACHED) for link in chain):
+        return _not_reached(name, next(link for link in chain if isinstance(link, _UNREACHED)))
+    return None
 
 
 def _chain(error: BaseException | None) -> Iterator[BaseException]:

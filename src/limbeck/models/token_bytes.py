@@ -41,7 +41,7 @@ class TokenBytes:
     part of a text without a length of its own: the symbol that ends a patch of bytes. special_names: what special tokens
     are called, by id. end_id: the end-of-text token. kind: "byte-level", "sentencepiece", "bytes" or "symbols".
     adds_space: the tokenizer writes a space of its own before the first word of a text, so the bytes of a document's
-    tokens begin with a space that the document has not.
+    tokens begin with a space that the document has not. adds_to_space: it does so too where a text begins with a space.
     """
 
     pieces: tuple[bytes | None, ...]
@@ -49,6 +49,7 @@ class TokenBytes:
     end_id: int | None
     kind: str
     adds_space: bool
+    adds_to_space: bool = False
 
     def join(self, ids: Iterable[int]) -> bytes:
         """The bytes that these tokens stand for; special tokens stand for none."""
@@ -89,7 +90,10 @@ def read_token_bytes(tokenizer: Any) -> TokenBytes:
         )
         for adds_space in (False, True):
             if all(_gives_back(tokenizer, candidate, probe, adds_space=adds_space) for probe in PROBES.values()):
-                return TokenBytes(pieces, candidate.special_names, candidate.end_id, kind, adds_space)
+                adds_to_space = candidate.join(encode_text(tokenizer, [" a"])[0]) != b" a"
+                return TokenBytes(
+                    pieces, candidate.special_names, candidate.end_id, kind, adds_space, adds_space and adds_to_space
+                )
     raise VocabularyError(
         f"{_name(tokenizer)} does not show the bytes of its tokens: text put together from them is not the text that "
         f"went in. {_what_is_lost(tokenizer)} Texts cannot be aligned through such a tokenizer. Choose a model with a "

@@ -13,6 +13,7 @@ from limbeck.nn.mixers import ATTENTION, MIXERS
 
 SHARE_FEED_FORWARD = ("none", "all", "interior")
 SHARE_MIXERS = ("none", "output", "all")
+_MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,12 @@ class TrunkSettings:
         for name in ("width", "layers", "heads", "feed_forward", "repeat"):
             if getattr(self, name) < 1:
                 raise RecipeError(f"trunk.{name}: must be at least 1, not {getattr(self, name)}")
+        times = self.loop[2] if self.loop is not None and len(self.loop) == 3 else 1
+        if self.layers * self.repeat * max(times, 1) > _MOST_STEPS:
+            raise RecipeError(
+                f"trunk: {self.layers} layers, repeat {self.repeat} and loop {self.loop} make more than {_MOST_STEPS} steps; that "
+                "cannot be right. Give fewer"
+            )
         if self.activation not in ACTIVATIONS:
             raise RecipeError("trunk.activation: " + unknown_name("activation", self.activation, ACTIVATIONS))
         if not 0 <= self.dropout < 1:

@@ -16,7 +16,7 @@ from limbeck.models.borders import Offsets, meet, offsets_in_text, settled_until
 from limbeck.models.token_bytes import TokenBytes
 from limbeck.store.records import RowRecord
 from limbeck.teachers.base import TargetSource, Wanted, refuse_missing
-from limbeck.teachers.stored_windows import EncodedRow, StoreWindows, Stretch
+from limbeck.teachers.stored_windows import EncodedRow, StoreWindows, Stretch, text_tokens
 
 
 class StoredAlignedTargets:
@@ -83,10 +83,10 @@ class StoredAlignedTargets:
         assert row.next_log_prob is not None
         assert row.log_probs is not None
         found = _AlignedRow(np.full(len(scored), -1, dtype=np.int64))
-        said = np.append(np.asarray(row.scored)[1:], False)
+        said, is_text = np.append(np.asarray(row.scored)[1:], False), text_tokens(row)
         for part, (stretch, low, high) in enumerate(encoded.parts):
             places = np.arange(stretch.first_token, stretch.end_token)
-            places = places[np.asarray(row.token_bytes)[places] > 0]
+            places = places[is_text[places]]
             if high == low or not len(places):
                 continue
             is_last = part == len(encoded.parts) - 1

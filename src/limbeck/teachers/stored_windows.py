@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from limbeck.core.errors import StoreError
+from limbeck.core.symbols import EOP, SYMBOLS
 from limbeck.core.types import Batch
 from limbeck.store.records import RowRecord, make_batch
 from limbeck.store.store import TargetStore
@@ -150,7 +151,7 @@ def split_row(row: RowRecord) -> list[Stretch]:
     assert row.text is not None
     assert row.token_bytes is not None
     lengths, scored = np.asarray(row.token_bytes, dtype=np.int64), np.asarray(row.scored, dtype=bool).copy()
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    offsets, is_text = np.concatenate([[0], np.cumsum(lengths)]), text_tokens(row)
     # The first token of a document is never scored; that is no border in its text.
     for start in [0, *row.document_starts]:
         if start + 1 < len(scored):
@@ -159,11 +160,19 @@ def split_row(row: RowRecord) -> list[Stretch]:
     stretches = []
     for low, high in pairwise(borders):
         text, skipped = read_bytes(row.text[offsets[low] : offsets[high]])
-        closed = bool(lengths[high - 1] == 0)
+        closed = not is_text[high - 1]
         stretches.append(
-            Stretch(text, bool(scored[low]), low in row.document_starts, closed, int(low), int(high), skipped)
+            Stretch(text, bool(scored[low]), low in row.document_starts, bool(closed), int(low), int(high), skipped)
         )
     return stretches
+
+
+def text_tokens(row: RowRecord) -> np.ndarray:
+    """Which tokens of a row are part of its text: all with bytes, and in a row of symbols the ends of patches, which have none."""
+    assert row.token_bytes is not None
+    ids, has_bytes = np.asarray(row.input_ids), np.asarray(row.token_bytes) > 0
+    is_of_symbols = bool((ids < SYMBOLS).all()) and ids[has_bytes].astype(np.uint8).tobytes() == row.text
+    return has_bytes | (ids == EOP) if is_of_symbols else has_bytes
 
 
 def read_bytes(data: bytes) -> tuple[str, int]:

@@ -73,7 +73,7 @@ class TrieTeacher:
             )
         self._entries, self._paths = entries, min(paths, len(self.trie.paths_CP))
         self._opening = leading_special_tokens(tokenizer) or ([] if tokens.end_id is None else [tokens.end_id])
-        self._adds_space = tokens.adds_space
+        self._adds = {"adds_space": tokens.adds_space, "adds_to_space": tokens.adds_to_space}
         self._limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)  # type: ignore[union-attr, operator]
         self._wanted = Wanted()
         self._nodes = self.trie.nodes
@@ -97,9 +97,7 @@ class TrieTeacher:
 
         Raises: TrainingError when its logits are not numbers.
         """
-        here = patch_tokens(
-            batch.to("cpu"), self.trie, opening=self._opening, adds_space=self._adds_space, limit_tokens=self._limit
-        )
+        here = patch_tokens(batch.to("cpu"), self.trie, opening=self._opening, limit_tokens=self._limit, **self._adds)
         hidden_BUD = self._split.hidden(here.teacher_batch.to(self._split.input_device))
         # What follows needs float64 and sums of segments, which MPS has not.
         device = torch.device("cpu") if hidden_BUD.device.type == "mps" else hidden_BUD.device
@@ -167,6 +165,14 @@ def require_borders_of(tokenizer: Any, byte_tokenizer: Any, *, teacher: str) -> 
         raise VocabularyError(
             f"the predictions of {teacher} byte by byte are for a student that reads bytes in patches, and this one's tokenizer "
             f"({type(byte_tokenizer).__name__}) does not. {advice}"
+        )
+    reads = getattr(tokenizer, "patch_bytes", None)
+    if reads is not None:
+        raise VocabularyError(
+            f"{teacher} reads bytes itself, in patches of {reads} symbols cut by the rule {tokenizer.segmenter.name}; the student's "
+            f"have {byte_tokenizer.patch_bytes} and the rule {segmenter.name}. Give the student the same (tokenizer: {{segmenter: teacher}}, "
+            f"with tokenizer.patch_bytes and the student's own at {reads}), and any loss on predictions compares them symbol by symbol; "
+            "or use chunk_likelihood, which works for any two."
         )
     if not isinstance(segmenter, BpeSegmenter):
         raise VocabularyError(

@@ -309,7 +309,9 @@ def test_on_the_command_line(model, run, data, tmp_path):
     assert set(facts["comparison"]["others"]) == {model.name}
     missing = limbeck("eval", model, "--suite", "tiny", "--task", "boolq", "--cache", tmp_path / "c")
     assert missing.exit_code == 2
-    assert "boolq" in missing.stderr
+    assert "boolq*.jsonl, .jsonl.gz, .parquet or .arrow, or such files in a folder boolq" in " ".join(
+        missing.stderr.split()
+    )
     for wrong in (("--suite", "tiny", "--text", "x"), ("--task", "piqa"), ("--limit", "3")):
         assert limbeck("eval", model, *wrong).exit_code == 2
     assert "--suite tiny" in limbeck("eval", model, "--limit", "3").stderr

@@ -6,8 +6,9 @@ import pytest
 from tests.evaluate.task_files import ROWS, write_task_files
 
 from limbeck.core.errors import EvaluationError
-from limbeck.evaluate import task_data
-from limbeck.evaluate.task_data import items_of_rows, read_items, search_folder, split_articles
+from limbeck.evaluate import task_files
+from limbeck.evaluate.task_data import items_of_rows, read_items, split_articles
+from limbeck.evaluate.task_files import search_folder
 
 TASKS = ("arc_easy", "piqa", "sciq", "hellaswag", "boolq", "winogrande", "lambada_openai", "blimp_adjunct_island")
 
@@ -78,7 +79,7 @@ def test_the_split_that_the_task_is_scored_on_is_chosen(tmp_path):
     assert len(read_items("piqa", search_folder(tmp_path)).rows) == 2
     (tmp_path / "more").mkdir()
     (tmp_path / "more" / "piqa.validation.jsonl").write_text(row)
-    with pytest.raises(EvaluationError, match="3 files could be its data"):
+    with pytest.raises(EvaluationError, match="2 files could be its data"):
         read_items("piqa", search_folder(tmp_path))
 
 
@@ -130,16 +131,16 @@ def test_sizes_have_limits(tmp_path, monkeypatch):
     path = tmp_path / "piqa.jsonl"
     path.write_text(f"{row}\n" * 3)
     files = search_folder(tmp_path)
-    monkeypatch.setattr(task_data, "MOST_ROWS", 2)
-    with pytest.raises(EvaluationError, match=r"piqa\.jsonl:3: more than 2 lines"):
+    monkeypatch.setattr(task_files, "MOST_ROWS", 2)
+    with pytest.raises(EvaluationError, match=r"piqa\.jsonl:3: more than 2 rows"):
         read_items("piqa", files)
-    monkeypatch.setattr(task_data, "MOST_LINE_BYTES", 20)
-    with pytest.raises(EvaluationError, match=r"piqa\.jsonl:1: a line of more than 20 bytes"):
+    monkeypatch.setattr(task_files, "MOST_LINE_BYTES", 20)
+    with pytest.raises(EvaluationError, match=r"piqa\.jsonl:1: a row of more than 20 bytes"):
         read_items("piqa", files)
-    monkeypatch.setattr(task_data, "MOST_FILE_BYTES", 50)
+    monkeypatch.setattr(task_files, "MOST_FILE_BYTES", 50)
     with pytest.raises(EvaluationError, match="files of up to 50"):
         read_items("piqa", files)
-    monkeypatch.setattr(task_data, "MOST_FILES_SEARCHED", 0)
+    monkeypatch.setattr(task_files, "MOST_FILES_SEARCHED", 0)
     with pytest.raises(EvaluationError, match="more than 0 files"):
         search_folder(tmp_path)
 

@@ -7,22 +7,15 @@ sizes. What comes out are rows in the form that lm-eval's own task descriptions 
 from __future__ import annotations
 
 import hashlib
-import itertools
 import json
-import os
 import statistics
-from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from limbeck.core.errors import EvaluationError
-
-MOST_FILE_BYTES = 256 * 2**20
-MOST_LINE_BYTES = 2**20
-MOST_ROWS = 200_000
-MOST_FILES_SEARCHED = 200_000
+from limbeck.evaluate.task_files import DataFolder, Known, expected_names, find_files, read_rows, read_text
 
 Row = dict[str, Any]
 
@@ -54,11 +47,10 @@ class TaskItems:
 
 @dataclass(frozen=True)
 class _Form:
-    """How a task's rows look. files: names to search for. split: the one the stock task is scored on. check: a raw row
-    to a clean one. choices: as in `TaskItems`. texts: its running text."""
+    """How a task's rows look. files: how they may be called. check: a raw row to a clean one. choices: as in
+    `TaskItems`. texts: its running text."""
 
-    files: tuple[str, ...]
-    split: str
+    files: Known
     check: Callable[[Mapping[str, Any]], Row]
     choices: Callable[[Row], int]
     texts: Callable[[Row], tuple[str, ...]]
@@ -68,34 +60,25 @@ class _BadRow(ValueError):
     """What is wrong with one row."""
 
 
-def search_folder(folder: Path) -> tuple[Path, ...]:
-    """All files of a folder and its subfolders, in order. Raises: EvaluationError when there is none, or far too many."""
-    if not folder.is_dir():
-        raise EvaluationError(
-            f"--task-data {folder}: there is no such folder. Give the folder that holds the tasks' files."
-        )
-    found: list[Path] = []
-    for place, _, names in os.walk(folder):
-        found += [path for name in names if (path := Path(place) / name).is_file()]
-        if len(found) > MOST_FILES_SEARCHED:
-            raise EvaluationError(
-                f"--task-data {folder} holds more than {MOST_FILES_SEARCHED:,} files. Give a folder with the tasks' files alone."
-            )
-    return tuple(sorted(found))
+def read_items(task: str, folder: DataFolder | None) -> TaskItems | None:
+    """The items of a task from a file of the folder; None when none has a known name.
 
-
-def read_items(task: str, files: Sequence[Path]) -> TaskItems | None:
-    """The items of a task from one of the files; None when none has a known name.
-
-    task: the name of the task in lm-eval. files: those of `search_folder`.
-    Raises: EvaluationError when a file is too large, is not UTF-8 JSON lines, or has a row without the task's columns;
-    the message names file and line. Also when several files could be meant.
+    task: the name of the task in lm-eval. folder: what `search_folder` found.
+    Raises: EvaluationError when a file is too large, cannot be read, or has a row without the task's columns; the message
+    names file and row. Also when several files could be meant.
     """
     form = _form(task)
-    path = _find(task, form, files)
-    if path is None:
+    known = {name: of.files for name, of in _FORMS.items()} | {task: form.files}
+    paths = () if folder is None else find_files(task, known, folder)
+    if folder is None or not paths:
         return None
-    return _items(_checked(path, form), form, source=f"file {path.name}")
+    return _items(_checked(paths, form), form, source=f"file {folder.name(paths[0])}")
+
+
+def file_names(task: str) -> str:
+    """In words the files that `read_items` searches for."""
+    form = _form(task)
+    return "a file that bears the paradigm's name" if form.check is _blimp else expected_names(form.files)
 
 
 def items_of_rows(task: str, raw: Iterable[Any], *, source: str) -> TaskItems:
@@ -131,65 +114,13 @@ def _form(task: str) -> _Form:
     if task in _FORMS:
         return _FORMS[task]
     name = task.removeprefix("blimp_")
-    return _Form((f"{name}.jsonl", f"blimp_{name}.jsonl"), "train", _blimp, lambda _row: 2, _blimp_texts)
+    return _Form(Known((name, f"blimp_{name}"), "train", whole=True), _blimp, lambda _row: 2, _blimp_texts)
 
 
-def _find(task: str, form: _Form, files: Sequence[Path]) -> Path | None:
-    found = [path for path in files if any(path.match(pattern) for pattern in form.files)]
-    found = [path for path in found if "train" not in path.stem.split(".")] or found
-    if len(found) > 1:
-        meant = [path for path in found if form.split in path.stem.split(".")]
-        found = meant if len(meant) == 1 else found
-    if len(found) > 1:
-        names = ", ".join(map(str, found[:4]))
-        raise EvaluationError(
-            f"{task}: {len(found)} files could be its data ({names}). Leave one of them in the folder of --task-data."
-        )
-    return found[0] if found else None
-
-
-def _checked(path: Path, form: _Form) -> list[Row]:
-    size = path.stat().st_size
-    if size > MOST_FILE_BYTES:
-        raise EvaluationError(
-            f"{path} has {size:,} bytes; task files of up to {MOST_FILE_BYTES:,} are read. Is it the right file?"
-        )
-    if path.suffix != ".jsonl":
-        return [{"page": page} for page in split_articles(_decode(path.read_bytes().removeprefix(BOM_UTF8), str(path)))]
-    rows = []
-    with open(path, "rb") as stream:
-        for number in itertools.count(1):
-            line = stream.readline(MOST_LINE_BYTES + 1)
-            if not line:
-                break
-            where = f"{path}:{number}"
-            line = line.removeprefix(BOM_UTF8) if number == 1 else line
-            if len(line) > MOST_LINE_BYTES or number > MOST_ROWS:
-                what = (
-                    f"a line of more than {MOST_LINE_BYTES:,} bytes"
-                    if number <= MOST_ROWS
-                    else f"more than {MOST_ROWS:,} lines"
-                )
-                raise EvaluationError(f"{where}: {what}; a task has none of that. Is it the right file?")
-            if line.strip():
-                rows.append(_check(form, _parse(line, where), where=where))
-    if not rows:
-        raise EvaluationError(f"{path} is empty: expected one item of the task per line.")
-    return rows
-
-
-def _decode(raw: bytes, where: str) -> str:
-    try:
-        return raw.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise EvaluationError(f"{where}: not UTF-8 ({error.reason}). Convert the file to UTF-8.") from error
-
-
-def _parse(line: bytes, where: str) -> Any:
-    try:
-        return json.loads(_decode(line, where))
-    except (ValueError, RecursionError) as error:
-        raise EvaluationError(f"{where}: not JSON ({error}). Expected one JSON object per line.") from error
+def _checked(paths: Sequence[Path], form: _Form) -> list[Row]:
+    if paths[0].name in form.files.texts:
+        return [{"page": page} for page in split_articles(read_text(paths[0]))]
+    return [_check(form, row, where=where) for where, row in read_rows(paths)]
 
 
 def _check(form: _Form, row: Any, *, where: str) -> Row:
@@ -338,30 +269,33 @@ def _winogrande_texts(row: Row) -> tuple[str, ...]:
 
 
 _FORMS: dict[str, _Form] = {
-    "arc_easy": _Form(("arc_easy*.jsonl",), "test", _arc, lambda row: len(row["choices"]["text"]), _arc_texts),
-    "arc_challenge": _Form(
-        ("arc_challenge*.jsonl",), "test", _arc, lambda row: len(row["choices"]["text"]), _arc_texts
-    ),
+    "arc_easy": _Form(Known(("arc_easy",), "test"), _arc, lambda row: len(row["choices"]["text"]), _arc_texts),
+    "arc_challenge": _Form(Known(("arc_challenge",), "test"), _arc, lambda row: len(row["choices"]["text"]), _arc_texts),
     "logiqa": _Form(
-        ("logiqa*.jsonl",), "test", _logiqa, lambda _row: 4,
+        Known(("logiqa",), "test"), _logiqa, lambda _row: 4,
         lambda row: (row["context"], row["question"], row["options"]["abcd".index(row["label"])]),
     ),
-    "wsc": _Form(("wsc*.jsonl",), "validation", _wsc, lambda _row: 2, lambda row: (row["text"],)),
+    "wsc": _Form(
+        Known(("wsc.fixed", "wsc"), "validation"), _wsc, lambda _row: 2, lambda row: (row["text"],)
+    ),
     "piqa": _Form(
-        ("piqa*.jsonl",), "validation", _piqa, lambda _row: 2, lambda row: (row["goal"], row[f"sol{row['label'] + 1}"])
+        Known(("piqa",), "validation"), _piqa, lambda _row: 2, lambda row: (row["goal"], row[f"sol{row['label'] + 1}"])
     ),
     "sciq": _Form(
-        ("sciq*.jsonl",), "test", _sciq, lambda _row: 4, lambda row: (row["support"], row["question"], row["correct_answer"])
+        Known(("sciq",), "test"), _sciq, lambda _row: 4, lambda row: (row["support"], row["question"], row["correct_answer"])
     ),
-    "hellaswag": _Form(("hellaswag*.jsonl",), "validation", _hellaswag, lambda _row: 4, _hellaswag_texts),
+    "hellaswag": _Form(Known(("hellaswag",), "validation"), _hellaswag, lambda _row: 4, _hellaswag_texts),
     "boolq": _Form(
-        ("boolq*.jsonl",), "validation", _boolq, lambda _row: 2, lambda row: (row["passage"], row["question"])
+        Known(("boolq",), "validation"), _boolq, lambda _row: 2, lambda row: (row["passage"], row["question"])
     ),
-    "winogrande": _Form(("winogrande*.jsonl",), "validation", _winogrande, lambda _row: 2, _winogrande_texts),
+    "winogrande": _Form(
+        Known(("winogrande_xl", "winogrande"), "validation"), _winogrande, lambda _row: 2, _winogrande_texts
+    ),
     "lambada_openai": _Form(
-        ("lambada_openai*.jsonl",), "test", _lambada, lambda _row: 0, lambda row: (row["text"],)
+        Known(("lambada_openai",), "test"), _lambada, lambda _row: 0, lambda row: (row["text"],)
     ),
     "wikitext": _Form(
-        ("test.raw.txt", "wiki.test.raw", "wikitext*.jsonl"), "test", _wikitext, lambda _row: -1, lambda row: (row["page"],)
+        Known(("wikitext-2-raw-v1", "wikitext_document_level", "wikitext"), "test", texts=("test.raw.txt", "wiki.test.raw")),
+        _wikitext, lambda _row: -1, lambda row: (row["page"],),
     ),
 }  # fmt: skip

@@ -26,7 +26,8 @@ from limbeck.core.errors import EnvironmentFault, EvaluationError
 from limbeck.core.files import sha256_file, write_atomic
 from limbeck.evaluate.probes import probe_description, probe_items
 from limbeck.evaluate.suite import SuiteTask
-from limbeck.evaluate.task_data import TaskItems, items_of_rows, read_items, rows_sha256, search_folder, to_json_lines
+from limbeck.evaluate.task_data import TaskItems, file_names, items_of_rows, read_items, rows_sha256, to_json_lines
+from limbeck.evaluate.task_files import search_folder
 
 
 @dataclass(frozen=True)
@@ -66,13 +67,13 @@ def prepare_tasks(
     Raises: EvaluationError when `data` is no folder; EnvironmentFault when lm-eval is missing.
     """
     stock_folder()
-    files = () if data is None else search_folder(data)
+    searched = None if data is None else search_folder(data)
     ready: dict[str, ReadyTask] = {}
     missing: dict[str, str] = {}
     unreachable: dict[str, str] = {}
     for task in tasks:
         try:
-            items = probe_items(task.name) if task.stock is None else read_items(task.name, files)
+            items = probe_items(task.name) if task.stock is None else read_items(task.name, searched)
             if items is None:
                 if task.group in unreachable:
                     raise _NotThere(unreachable[task.group])
@@ -114,7 +115,8 @@ def hub_items(task: SuiteTask) -> TaskItems:
         except Exception as error:
             first = f"{type(error).__name__}: {error}".splitlines()[0][:200]
             raise _NotThere(
-                f"no file of it is in --task-data, and the hub does not give it ({first}). docs/tasks.md names the files."
+                f"no file of it is in --task-data ({file_names(task.name)}), and the hub does not give it ({first}). "
+                "docs/tasks.md names the files and their columns."
             ) from error
     return items_of_rows(task.name, rows, source=source)
 

@@ -291,7 +291,7 @@ def test_a_recipe_that_does_not_fit_its_teacher_is_refused(teacher):
 
 
 def test_a_teacher_that_is_not_here_says_what_is_missing(tmp_path, monkeypatch):
-    with pytest.raises(TeacherError, match="nobody/nothing is not in the local cache"):
+    with pytest.raises(TeacherError, match="nobody/nothing is no folder here and not in the local cache"):
         plan(recipe("nobody/nothing"), machine=ROOMY)
     monkeypatch.setattr(doctor, "embedded_teacher", lambda: None)
     with pytest.raises(PlanError, match="missing from this installation"):

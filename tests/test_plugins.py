@@ -248,8 +248,8 @@ def test_the_end_of_a_run_names_the_files_again(file, monkeypatch):
 
 def test_help_with_a_plugin_loads_no_torch(file):
     code = (
-        "import sys\nimport limbeck.cli\nsys.argv = ['limbeck', '--plugin', sys.argv[1], '--help']\n"
-        "try: limbeck.cli.main()\nexcept SystemExit as end: assert not end.code\nprint('torch' in sys.modules)"
+        "import sys\nimport limbeck.__main__\nsys.argv = ['limbeck', '--plugin', sys.argv[1], '--help']\n"
+        "try: limbeck.__main__.main()\nexcept SystemExit as end: assert not end.code\nprint('torch' in sys.modules)"
     )
     assert python(code, str(file)).stdout.strip().endswith("False")
 

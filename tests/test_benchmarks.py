@@ -276,6 +276,25 @@ def test_comparing_tells_of_another_machine_and_ends_red():
     assert lines[-1] == "nothing was measured in both"
 
 
+def test_pooled_runs_have_the_range_of_both(tmp_path, capsys):
+    facts = {"processor": "one", "device": "cpu", "threads": 2, "command": "python -m benchmarks mixers"}
+    for name, speeds, raw, alone in (("a", [1.0, 3.0], [5, 6], 1), ("b", [2.0, 7.0], [7, 8], 2)):
+        results = {"sizes": [1, 2], "speed": spread_of(speeds), "raw": {"x": raw}, "cache": alone}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"circumstances": facts, "results": results}))
+    files = [str(tmp_path / f"{name}.json") for name in "ab"]
+    again.main(["--pool", *files, "--json", str(tmp_path / "both.json")])
+    both = json.loads((tmp_path / "both.json").read_text())
+    assert both["results"] == {
+        "sizes": [1, 2], "speed": {"median": 2.5, "low": 1.0, "high": 7.0, "blocks": [1.0, 3.0, 2.0, 7.0]},
+        "raw": {"x": [5, 6, 7, 8]}, "cache": 1,
+    }  # fmt: skip
+    assert both["circumstances"]["runs"] == 2
+    other = {"circumstances": facts | {"threads": 1}, "results": {}}
+    (tmp_path / "c.json").write_text(json.dumps(other))
+    with pytest.raises(SystemExit, match="not measured by one command"):
+        again.main(["--pool", files[0], str(tmp_path / "c.json"), "--json", str(tmp_path / "both.json")])
+
+
 def test_measuring_again_runs_the_kept_command(monkeypatch, tmp_path):
     ran = []
     monkeypatch.setattr(

@@ -9,9 +9,11 @@ from safetensors.torch import load_file
 from tests import tiny
 
 from limbeck import evaluation, pipeline, writing
-from limbeck.core.errors import CheckpointError, DataError, LimbeckError, TeacherError
+from limbeck.core.errors import CheckpointError, DataError, LimbeckError, RecipeError, TeacherError
+from limbeck.core.files import read_json
 from limbeck.evaluate.facts import read_facts
 from limbeck.planning import Machine, plan
+from limbeck.recipe import Recipe
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +104,28 @@ def test_a_run_folder_of_another_recipe_is_left_alone(job):
     (occupied / "thesis.txt").write_text("do not touch")
     with pytest.raises(CheckpointError, match="not a run folder"):
         pipeline.run(recipe, run_folder=occupied, progress=False)
+
+
+def test_a_recipe_that_fails_before_training_may_be_corrected_in_its_folder(job, tmp_path):
+    folder, recipe, _ = job
+    words = recipe.model_dump(mode="json")
+    stage = {"kind": "distil", "name": "distil", "tokens": 256, "batch_tokens": 128, "learning_rate": 1e-3}
+    controls = {"from_scratch": False, "copied": False, "teacher_more": False, "floor": False}
+    words |= {"controls": controls}
+
+    def with_layers(layers, student):
+        term = {"objective": "hidden_cosine", "layers": layers}
+        return Recipe.model_validate(words | {"stages": [stage | {"objectives": [term]}], "student": student})
+
+    with pytest.raises(RecipeError, match="stages.distil: hidden_cosine: layers: uniform: 9"):
+        pipeline.run(with_layers({"uniform": 9}, {"calibration_tokens": 512}), run_folder=tmp_path / "run", progress=False)
+    assert (tmp_path / "run" / "arms" / "student" / "initial").exists()
+    right = with_layers({"uniform": 1}, {"calibration_tokens": 512, "keep_attention": 1})
+    facts = pipeline.run(right, run_folder=tmp_path / "run", progress=False)
+    assert facts["layers"], "the start is made anew"
+    assert len(read_json(tmp_path / "run" / "layers.json")["initial"]) == 1
+    with pytest.raises(CheckpointError, match="another recipe"):
+        pipeline.run(with_layers({"uniform": 2}, {}), run_folder=tmp_path / "run", progress=False)
 
 
 def test_progressive_student_fed_with_attention_kept(job, tmp_path):

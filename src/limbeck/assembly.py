@@ -38,7 +38,8 @@ class StagePlan:
 def claim_run_folder(folder: Path, recipe: Recipe) -> None:
     """Make a run folder this recipe's own, or see that it already is.
 
-    A folder in which nothing was trained or fetched yet (a first start that failed) may be taken by another recipe.
+    A folder in which nothing was trained or fetched yet (a first start that failed) may be taken by another recipe; a
+    student that was only prepared goes.
 
     Raises: CheckpointError when the folder holds a run of another recipe, naming what differs.
     """
@@ -53,8 +54,7 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
     marker = folder / "recipe.json"
     if marker.exists():
         before = read_json(marker)
-        is_begun = any((folder / name).exists() for name in _BEGUN)
-        if before != content and not is_begun:
+        if before != content and not _is_begun(folder):
             _take(folder, recipe, content)
         elif before != content:
             changed = ", ".join(sorted(_differences(before, content)))
@@ -72,17 +72,24 @@ def claim_run_folder(folder: Path, recipe: Recipe) -> None:
 
 
 def _take(folder: Path, recipe: Recipe, content: dict[str, Any]) -> None:
-    """Write whose folder it is. Tokenizers that another recipe made in it are not this one's."""
+    """Write whose folder it is. What another recipe made in it before it trained is not this one's."""
     if is_main():
-        for name in _MADE_TOKENIZERS:
+        for name in _MADE:
             shutil.rmtree(folder / name, ignore_errors=True)
+        (folder / "layers.json").unlink(missing_ok=True)
         write_json(folder / "recipe.json", content)
         write_atomic(folder / "recipe.yaml", dump_recipe(recipe))
 
 
-# What a run leaves once it has trained, or asked a teacher; and what it makes of text before that.
-_BEGUN = ("arms", "seeds", "store", "report.json", "store.answers.jsonl")
-_MADE_TOKENIZERS = ("tokenizer", "borders")
+def _is_begun(folder: Path) -> bool:
+    trained = (part for part in folder.glob("arms/*/*") if part != folder / _START)
+    return any(trained) or any((folder / name).exists() for name in _BEGUN)
+
+
+# What a run leaves once it has trained, or asked a teacher; and what it makes before that.
+_BEGUN = ("seeds", "store", "report.json", "store.answers.jsonl")
+_START = Path("arms") / "student" / "initial"
+_MADE = ("tokenizer", "borders", _START)
 # What of `runtime` a continued run may not change; where it runs and how often it saves may.
 _BINDING_RUNTIME = frozenset({"gradient_checkpointing"})
 # How an endpoint is reached is not what it says: a server may move while a run is stopped.

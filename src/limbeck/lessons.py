@@ -82,7 +82,13 @@ def _align_lesson(work: Run, plan: assembly.StagePlan, student: Any, power: Mapp
 def _terms(work: Run, spec: Any, student: Any) -> tuple[list[Term], Any]:
     """The recipe's objectives as terms, and the projections that widths make necessary."""
     objectives: list[Objective] = spec.terms()
-    pairs = {term.objective: _pairs(work, term, student) for term in objectives if term.objective in FEATURES}
+    pairs: dict[str, list[tuple[int, int]]] = {}
+    for term in objectives:
+        if term.objective in FEATURES:
+            try:
+                pairs[term.objective] = _pairs(work, term, student)
+            except RecipeError as error:
+                raise RecipeError(f"stages.{spec.name}: {term.objective}: {error}") from error
     terms = [
         Term(
             term.objective, term.weight.at if isinstance(term.weight, Ramp) else _constant(term.weight),

@@ -317,7 +317,7 @@ def test_a_run_begun_with_a_file_does_not_go_on_without(file, tmp_path):
     folder = tmp_path / "run"
     claim_run_folder(folder, recipe)
     assert "plugins" not in json.loads((folder / "recipe.json").read_text())
-    (folder / "arms").mkdir()
+    (folder / "arms" / "student" / "distil").mkdir(parents=True)
     claim_run_folder(folder, recipe)
     plugins.load_plugin(file)
     with pytest.raises(CheckpointError, match="different: plugins"):

@@ -96,3 +96,11 @@ def test_how_it_ends(failure, code, said, small, monkeypatch, capsys):
     out = capsys.readouterr()
     assert out.out.startswith("Once")
     assert said in out.err
+
+
+def test_a_prompt_in_the_place_of_the_model_is_refused_however_long_it_is(small, capsys, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["limbeck", "generate", "Once upon a time " * 40, small])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    assert "too long" in capsys.readouterr().err

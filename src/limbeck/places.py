@@ -23,9 +23,9 @@ STAGE_END = "end"
 def open_place(place: str, *, device: torch.device) -> LoadedTeacher:
     """Load the model that a place means.
 
-    Raises: CheckpointError when a run folder has no finished student yet, or not the arm or stage that is asked for.
+    Raises: CheckpointError when a run folder has no finished student yet, or not the arm or stage that is asked for; or for no path.
     """
-    folder = Path(place)
+    folder = _folder(place)
     if (run := run_of(folder)) is not None and run != folder:
         return _open_arm(run, folder, device)
     if (folder / "recipe.json").exists() and not (folder / "config.json").exists():
@@ -33,6 +33,19 @@ def open_place(place: str, *, device: torch.device) -> LoadedTeacher:
     loaded = load_teacher(place, device=device)
     loaded.model.eval()
     return loaded
+
+
+def _folder(place: str) -> Path:
+    """The place as a path. Raises: CheckpointError for what can be none, such as a text in its place."""
+    try:
+        Path(place).exists()
+    except OSError as error:
+        short = f"{place[:40]}..." if len(place) > 40 else place
+        raise CheckpointError(
+            f'"{short}" cannot be opened as the name of a model ({error.strerror}). '
+            "Give a run folder, a model folder or a Hub id; of `generate` first that, then the prompt."
+        ) from error
+    return Path(place)
 
 
 def run_of(folder: Path) -> Path | None:

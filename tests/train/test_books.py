@@ -4,6 +4,7 @@ import pytest
 import torch
 from tests.train.test_trainer import SETTINGS, Model, NextToken, data
 
+from limbeck.core.errors import CheckpointError
 from limbeck.core.runtime import StopRequest
 from limbeck.evaluate.energy import EnergyMeter
 from limbeck.train.books import Books, EnergyBook, joined
@@ -181,3 +182,17 @@ def test_the_books_listen_no_longer_when_the_stage_is_over(tmp_path):
     assert any(len(module._forward_hooks) for module in lesson.modules())
     books.meter.close()
     assert before == {name: len(module._forward_hooks) for name, module in lesson.named_modules()}
+
+
+def test_a_stage_that_cannot_be_continued_listens_no_longer(tmp_path):
+    trained(tmp_path)
+    for weights in (tmp_path / "ck").glob("*/model.safetensors"):
+        weights.write_bytes(b"")
+    lesson = NextToken(Model())
+    log = MetricsLog(tmp_path / "metrics.jsonl")
+    with pytest.warns(UserWarning, match="changed"), pytest.raises(CheckpointError):
+        train_stage(
+            lesson, data(), SETTINGS, folder=tmp_path / "ck", log=log, arm="student", seed=1,
+            device=torch.device("cpu"),
+        )  # fmt: skip
+    assert not any(module._forward_hooks for module in lesson.modules())

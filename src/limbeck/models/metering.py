@@ -116,8 +116,8 @@ class FlopMeter:
 
             out.register_hook(reached)
 
-    def _matrix(self, module: nn.Module, args: tuple[Any, ...], _kwargs: dict[str, Any], output: Any) -> None:
-        x = args[0]
+    def _matrix(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        x = _input(args, kwargs)
         if isinstance(module, FeatureProjections) and not module.weights_ED:
             return
         flops = 2 * output.numel() * x.shape[-1]
@@ -203,9 +203,8 @@ def _operator_flops(operator: HyenaOperator, *, rows: int, past: int, new: int) 
 
 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    """What a mixer was given, [B, T, D]."""
-    found: Tensor = args[0] if args else kwargs["hidden_states"]
-    return found
+    """What a module was given, whatever it calls it: [B, T, D]."""
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
 
 
 def _cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:

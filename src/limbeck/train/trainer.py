@@ -129,11 +129,12 @@ def train_stage(
     """
     progress, stop = progress or SilentProgress(), stop or StopRequest()
     stage = _Stage(lesson, data, settings, folder=folder, log=log, arm=arm, seed=seed, device=device, energy=energy)
-    stage.resume()
-    progress.start(f"{arm} · {settings.name}", stage.steps * settings.batch_tokens, stage.step * settings.batch_tokens)
-    if stage.step:
-        progress.observe(checkpoint_tokens=stage.step * settings.batch_tokens)
     try:
+        stage.resume()
+        whole, done = stage.steps * settings.batch_tokens, stage.step * settings.batch_tokens
+        progress.start(f"{arm} · {settings.name}", whole, done)
+        if stage.step:
+            progress.observe(checkpoint_tokens=done)
         with dropout_put_back(lesson.student):
             while stage.step < stage.steps:
                 with stage.books.update():

@@ -15,6 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from limbeck.core.types import Batch
 from limbeck.models.byte_pool import BytePoolConfig, BytePoolForCausalLM
 from limbeck.models.compact import CompactConfig, CompactForCausalLM
+from limbeck.models.flops import forward_flops_per_token
 from limbeck.models.hybrid import build_student
 from limbeck.models.layer_maps import layer_map
 from limbeck.models.metering import FlopMeter
@@ -288,3 +289,48 @@ def test_matrix_products_are_those_that_torch_counts(name, monkeypatch):
     assert ours > 0
     # Where positions are made anew a few rows are more; all that learns and teaches is in.
     assert ours == pytest.approx(torchs, rel=1e-3)
+
+
+MIXTURE = {
+    "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "num_local_experts": 4, "vocab_size": VOCABULARY, "eos_token_id": None, "pad_token_id": None, "head_dim": 8,
+}  # fmt: skip
+ROUTERS = 2 * 2 * 32 * 4  # of two layers
+
+
+def mixture(family, chosen=2, **options):
+    words = MIXTURE | {"num_experts_per_tok": chosen, "tie_word_embeddings": False}
+    config = AutoConfig.for_model(family, **words)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32, **options)
+
+
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+def test_a_mixture_counts_the_experts_that_tokens_go_through(family, monkeypatch):
+    as_torch_counts(monkeypatch)
+    student = mixture(family, experts_implementation="eager")
+    ours, torchs = counted(DistilLesson(student, None, [TEXT]), text())
+    assert ours == pytest.approx(torchs - 3 * ROUTERS * 4 * WIDTH, rel=2e-3)  # angles of positions are not counted
+    # One expert more is three matrices more in each layer, foretold and counted, in whatever way experts are run.
+    more = forward_flops_per_token(mixture(family, 3), WIDTH) - forward_flops_per_token(student, WIDTH)
+    assert more == 2 * 2 * 3 * 32 * 48
+    monkeypatch.undo()
+    meter = FlopMeter([other := mixture(family, 3)])
+    other(input_ids=(ids := text().input_ids_BT)).logits.sum().backward()
+    meter.close()
+    assert meter.flops == 3 * ids.numel() * forward_flops_per_token(other, WIDTH)
+
+
+def test_a_router_that_gives_two_tensors_stops_no_training():
+    student = mixture("llama4_text", 1)
+    meter = FlopMeter([student])
+    student(input_ids=text().input_ids_BT).logits.sum().backward()
+    meter.close()
+    assert meter.flops > 0
+
+
+def test_a_matrix_may_be_given_its_input_by_name():
+    matrix = torch.nn.Linear(3, 5)
+    meter = FlopMeter([matrix])
+    matrix(input=torch.ones(2, 3)).sum().backward()
+    meter.close()
+    assert meter.flops == 2 * 2 * (2 * 3 * 5)

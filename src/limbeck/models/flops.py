@@ -25,12 +25,32 @@ __all__ = ["attention_flops_per_token", "forward_flops_per_token", "hyena_flops_
 MATRICES = (nn.Linear, Conv1D)
 
 
+# How the configurations of mixtures of experts call the number of experts that a token goes through.
+_CHOSEN = ("num_experts_per_tok", "moe_k", "moe_topk", "moe_top_k", "top_k_experts")
+
+
+def expert_flops(module: nn.Module) -> float | None:
+    """Operations of a token in one expert of a mixture that holds each matrix of all its experts in one tensor; None for others."""
+    down = module._parameters.get("down_proj")
+    if down is None or down.dim() != 3:
+        return None
+    return 2 * sum(matrix.numel() for matrix in module.parameters(recurse=False) if matrix.dim() == 3) / down.shape[0]
+
+
+def _chosen_experts(model: nn.Module) -> int:
+    config = getattr(model, "config", None)
+    config = config.get_text_config() if config is not None else None
+    counts = [getattr(config, name, None) for name in _CHOSEN]
+    return next((count for count in counts if isinstance(count, int) and count > 0), 1)
+
+
 def forward_flops_per_token(model: nn.Module, context_tokens: int) -> float:
     """Operations of one forward pass over `context_tokens` tokens, divided by their number.
 
     Sums 2 for every weight of a matrix (a tied head counts, its embedding does not), and the mixing of tokens by each
-    attention module and Hyena operator. A family whose attention cannot be found counts without its mixing. A model
-    that counts its own operations (it runs parts several times, or on shorter rows) is asked for them.
+    attention module and Hyena operator; of a mixture of experts, those that a token goes through. A family whose attention
+    cannot be found counts without its mixing. A model that counts its own operations (it runs parts several times, or on shorter
+    rows) is asked for them.
     Training all of it costs three times as much: the backward pass has two products for each one of the forward pass
     (Kaplan et al. 2020, arXiv:2001.08361, section 2.1); see `PassCosts` for training a part.
     """
@@ -60,6 +80,9 @@ def _parts(model: nn.Module, context_tokens: int) -> Iterator[_Part]:
                     module.inner_width, order=module.order, short_conv=module.short_conv, context_tokens=context_tokens
                 ),
             )
+        elif (one := expert_flops(module)) is not None:
+            learns = any(matrix.requires_grad for matrix in module.parameters(recurse=False))
+            yield _Part(module, _chosen_experts(model) * one, learns)
     for site in attention_sites(model):
         heads, head_width = head_shape(site)
         window = getattr(site.module, "sliding_window", None)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache, PreTrainedModel
 
-from limbeck.models.flops import MATRICES, attention_sites
+from limbeck.models.flops import MATRICES, attention_sites, expert_flops
 from limbeck.models.hybrid import HyenaMixer
 from limbeck.models.projections import FeatureProjections
 from limbeck.models.surgery import head_shape
@@ -82,6 +82,8 @@ class FlopMeter:
     def _counter(self, module: nn.Module) -> Count | None:
         if isinstance(module, (*MATRICES, TiedHead, FeatureProjections)):
             return self._matrix
+        if expert_flops(module) is not None:
+            return self._experts
         return next((count for kind, count in self._kinds().items() if isinstance(module, kind)), None)
 
     def _kinds(self) -> dict[type | tuple[type, ...], Count]:
@@ -106,7 +108,7 @@ class FlopMeter:
     def _add(self, flops: float, output: Any, backward: float) -> None:
         """Count a call, and its backward pass if there ever is one."""
         self.flops += round(flops)
-        out = output[0] if isinstance(output, tuple) else output
+        out = _first(output)
         if backward and torch.is_grad_enabled() and isinstance(out, Tensor) and out.requires_grad:
             amount = round(backward)
 
@@ -120,9 +122,22 @@ class FlopMeter:
         x = _input(args, kwargs)
         if isinstance(module, FeatureProjections) and not module.weights_ED:
             return
-        flops = 2 * output.numel() * x.shape[-1]
+        flops = 2 * _first(output).numel() * x.shape[-1]
         weight = getattr(module, "weight", None)
         self._add(flops, output, flops * (x.requires_grad + (weight is None or weight.requires_grad)))
+
+    def _experts(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """Every row in each of the experts that it is sent to; without word of these each row is one for one of them."""
+        x = _input(args, kwargs)
+        sent = [
+            value
+            for value in (*args, *kwargs.values())
+            if isinstance(value, Tensor) and not value.dtype.is_floating_point
+        ]
+        rows = sent[0].numel() if sent else x.shape[:-1].numel()
+        flops = rows * (expert_flops(module) or 0.0)
+        learns = any(matrix.requires_grad for matrix in module.parameters(recurse=False))
+        self._add(flops, output, flops * (x.requires_grad + learns))
 
     def _attention(self, width: int, layer: int) -> Count:
         def count(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
@@ -205,6 +220,11 @@ def _operator_flops(operator: HyenaOperator, *, rows: int, past: int, new: int) 
 def _input(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     """What a module was given, whatever it calls it: [B, T, D]."""
     return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor))
+
+
+def _first(output: Any) -> Any:
+    """What a module gives, without what it gives beside it (a router that is a linear map gives its scores twice)."""
+    return output[0] if isinstance(output, tuple) else output
 
 
 def _cache(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:

@@ -131,9 +131,9 @@ def train_stage(
     stage = _Stage(lesson, data, settings, folder=folder, log=log, arm=arm, seed=seed, device=device, energy=energy)
     try:
         stage.resume()
-        whole, done = stage.steps * settings.batch_tokens, stage.step * settings.batch_tokens
-        progress.start(f"{arm} · {settings.name}", whole, done)
-        if stage.step:
+        done = stage.step * settings.batch_tokens
+        progress.start(f"{arm} · {settings.name}", stage.steps * settings.batch_tokens, done)
+        if done:
             progress.observe(checkpoint_tokens=done)
         with dropout_put_back(lesson.student):
             while stage.step < stage.steps:
@@ -254,12 +254,8 @@ class _Stage:
         self._move_average()
         self.last_terms = means
         if is_main() and (is_logged or diagnosis):
-            facts = {
-                "arm": self.arm,
-                "stage": settings.name,
-                "step": self.step,
-                "tokens": self.step * settings.batch_tokens,
-            }
+            tokens = self.step * settings.batch_tokens
+            facts = {"arm": self.arm, "stage": settings.name, "step": self.step, "tokens": tokens}
             self.log.write(**facts, gradient_norm=norm, learning_rate=self.learning_rate, **means, **diagnosis)
         return means["loss"]
 

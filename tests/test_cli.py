@@ -172,6 +172,19 @@ def test_what_one_process_met_alone_is_said_with_its_rank(monkeypatch):
     assert ranks.run(1, "run", "demo", "sed=1").stderr.startswith("rank 1: ")
 
 
+def test_a_process_that_lost_another_one_says_where_the_reason_is(fake, monkeypatch):
+    fake(RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:403"))
+    monkeypatch.setattr("limbeck.core.shared_fault.SECONDS", 0.2)
+    lost = Ranks(monkeypatch).run(0, "run", "demo")
+    assert (
+        lost.exit_code,
+        "Another process of this run ended" in lost.stderr,
+        "a fault in Limbeck" in lost.stderr,
+    ) == (1, True, False)
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert "a fault in Limbeck" in run("run", "demo").stderr
+
+
 def test_the_stop_of_many_processes_is_said_once(fake, monkeypatch):
     fake(SystemExit(143))
     monkeypatch.setenv("RANK", "1")

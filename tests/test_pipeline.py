@@ -118,7 +118,9 @@ def test_a_recipe_that_fails_before_training_may_be_corrected_in_its_folder(job,
         return Recipe.model_validate(words | {"stages": [stage | {"objectives": [term]}], "student": student})
 
     with pytest.raises(RecipeError, match="stages.distil: hidden_cosine: layers: uniform: 9"):
-        pipeline.run(with_layers({"uniform": 9}, {"calibration_tokens": 512}), run_folder=tmp_path / "run", progress=False)
+        pipeline.run(
+            with_layers({"uniform": 9}, {"calibration_tokens": 512}), run_folder=tmp_path / "run", progress=False
+        )
     assert (tmp_path / "run" / "arms" / "student" / "initial").exists()
     right = with_layers({"uniform": 1}, {"calibration_tokens": 512, "keep_attention": 1})
     facts = pipeline.run(right, run_folder=tmp_path / "run", progress=False)

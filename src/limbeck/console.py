@@ -57,6 +57,11 @@ def settle(error: BaseException, *, debug: bool = False) -> int:
             say(_stopped(int(error.code)))
         return int(error.code)
     code, message = explain_fault(error)
+    if is_one_of_many and _is_lost_process(error):
+        message = (
+            f"{_summary(error)}\nAnother process of this run ended, or the connection to it did: the reason is what that one says. "
+            f"The same command continues.\n{_read_on('fault')}"
+        )
     if is_one_of_many:
         from limbeck.core.shared_fault import is_said_by_rank_0
 
@@ -84,6 +89,13 @@ def _is_closed_pipe(error: BaseException) -> bool:
     return isinstance(error, OSError) and error.errno == errno.EPIPE
 
 
+def _is_lost_process(error: BaseException) -> bool:
+    """Whether torch says that another process is gone: of the reason it knows nothing."""
+    is_of_torch = isinstance(error, RuntimeError)
+    lost = re.search("connection (closed|reset) by peer|remote process exited", str(error), flags=re.IGNORECASE)
+    return is_of_torch and lost is not None
+
+
 def explain_fault(error: BaseException) -> tuple[int, str]:
     """The exit code and the message for a fault."""
     if isinstance(error, LimbeckError):
@@ -100,10 +112,13 @@ def explain_fault(error: BaseException) -> tuple[int, str]:
             "out of memory. Set stages.<name>.micro_batch_sequences lower (the result stays the same) and try again."
         )
         return 2, f"{message}\n{_read_on('environment')}"
-    detail = str(error).strip().splitlines()
-    summary = f"{type(error).__name__}: {detail[0][:300]}" if detail else type(error).__name__
     told = "This is a fault in Limbeck, not in your recipe. `limbeck --debug ...` shows where."
-    return 1, f"{summary}\n{told}\n{_read_on('fault')}"
+    return 1, f"{_summary(error)}\n{told}\n{_read_on('fault')}"
+
+
+def _summary(error: BaseException) -> str:
+    detail = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {detail[0][:300]}" if detail else type(error).__name__
 
 
 def _read_on(code: str) -> str:

@@ -316,3 +316,12 @@ def test_this_machine_is_measured(teacher):
     assert machine.matmul_flops_per_second > 1e6
     assert math.isfinite(machine.matmul_flops_per_second)
     assert machine.free_disk_bytes > 0
+
+
+def test_controls_that_have_nothing_to_compare_with_are_told_of(teacher):
+    said = "do nothing without controls.from_scratch"
+    for words, is_told in (("equal_flops=true", True), ("seeds=2", True), ("floor=true", False)):
+        found = plan(recipe(teacher, "controls.from_scratch=false", f"controls.{words}"))
+        assert any(said in warning for warning in found["warnings"]) == is_told
+        found = plan(recipe(teacher, "controls.from_scratch=true", f"controls.{words}"))
+        assert not any(said in warning for warning in found["warnings"])

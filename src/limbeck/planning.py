@@ -365,6 +365,14 @@ def warnings_of(recipe: Recipe, student: Any, teacher: Any | None, machine: Mach
     any_wanted = controls.from_scratch or controls.copied or controls.teacher_more or controls.floor
     if recipe.teacher is not None and not any_wanted and not arms.has_without_teacher(recipe):
         found.append("all controls are off: the report cannot say whether the teacher was worth it.")
+    if (
+        recipe.teacher is not None
+        and arms.compared_control(recipe) is None
+        and (controls.equal_flops or controls.seeds > 1)
+    ):
+        found.append(
+            "controls.equal_flops and controls.seeds do nothing without controls.from_scratch or without_teacher."
+        )
     return found
 
 

@@ -7,6 +7,7 @@ from tests.train.test_trainer import SETTINGS, Model, NextToken, data
 from limbeck.core.errors import CheckpointError
 from limbeck.core.runtime import StopRequest
 from limbeck.evaluate.energy import EnergyMeter
+from limbeck.models.metering import FlopMeter
 from limbeck.train.books import Books, EnergyBook, joined
 from limbeck.train.metrics import MetricsLog
 from limbeck.train.trainer import train_stage
@@ -196,3 +197,19 @@ def test_a_stage_that_cannot_be_continued_listens_no_longer(tmp_path):
             device=torch.device("cpu"),
         )  # fmt: skip
     assert not any(module._forward_hooks for module in lesson.modules())
+
+
+def test_what_cannot_be_counted_costs_no_run_and_is_said(tmp_path, monkeypatch):
+    whole = trained(tmp_path / "whole")
+
+    def fails(self, module, args, kwargs, output):
+        raise AttributeError("no such shape")
+
+    monkeypatch.setattr(FlopMeter, "_matrix", fails)
+    result = trained(tmp_path / "failed")
+    assert result.curve == whole.curve
+    assert result.flops < whole.flops
+    [told] = result.warnings
+    assert told == (
+        "the operations of Linear (AttributeError: no such shape) could not be counted: the FLOPs are without them"
+    )

@@ -45,6 +45,7 @@ class FlopMeter:
     def __init__(self, networks: Iterable[nn.Module]):
         self.flops = 0
         self._is_paused = False
+        self._uncounted: dict[str, str] = {}
         self._handles: list[Any] = []
         self._watched: set[int] = set()
         for network in networks:
@@ -55,6 +56,12 @@ class FlopMeter:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+
+    @property
+    def warnings(self) -> list[str]:
+        """What could not be counted, and is missing in `flops`."""
+        told = (f"{name} ({reason})" for name, reason in self._uncounted.items())
+        return [f"the operations of {one} could not be counted: the FLOPs are without them" for one in told]
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -100,8 +107,12 @@ class FlopMeter:
         self._watched.add(id(module))
 
         def after(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-            if not self._is_paused:
+            if self._is_paused:
+                return
+            try:
                 count(module, args, kwargs, output)
+            except Exception as error:  # a figure for the books is no reason to lose a run, whatever a model is made of
+                self._uncounted.setdefault(type(module).__name__, f"{type(error).__name__}: {error}")
 
         self._handles.append(module.register_forward_hook(after, with_kwargs=True))
 

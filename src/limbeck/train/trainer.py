@@ -350,7 +350,7 @@ class _Stage:
         return StageResult(
             name=name, tokens=self.steps * self.settings.batch_tokens, **self.books.facts(),
             final_loss=self.last_terms.get("loss", math.nan), curve=[[line["tokens"], line["loss"]] for line in lines], terms=self.last_terms,
-            warnings=self.warnings,
+            warnings=self.warnings + self.books.meter.warnings,
         )  # fmt: skip
 
 

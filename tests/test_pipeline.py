@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from tests import tiny
 
-from limbeck import evaluation, pipeline, writing
+from limbeck import evaluation, pipeline, students, writing
 from limbeck.core.errors import CheckpointError, DataError, LimbeckError, RecipeError, TeacherError
 from limbeck.core.files import read_json
 from limbeck.evaluate.facts import read_facts
@@ -138,6 +138,10 @@ def test_progressive_student_fed_with_attention_kept(job, tmp_path):
     words["controls"] = {"from_scratch": False, "copied": False, "teacher_more": False, "floor": True}
     facts = pipeline.run(type(recipe).model_validate(words), run_folder=tmp_path / "run", progress=False)
     assert sorted(layer["mixer"] for layer in facts["layers"]) == ["attention", "hyena"]
+    (swapped,) = [layer for layer in facts["layers"] if layer["mixer"] == "hyena"]
+    assert swapped["nmse_calibrated"] < swapped["nmse_initial"], (
+        "the error of the start is that of before the calibration"
+    )
     assert not any(facts["controls"].values())
 
 
@@ -152,6 +156,19 @@ def test_layers_that_do_not_fit_are_never_swapped_silently(job, tmp_path, capsys
     assert [layer["mixer"] for layer in facts["layers"]] == mixers
     assert all("fits no better than zero" in layer["note"] for layer in facts["layers"])
     assert "fit no better than zero" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("initialisation", "blames"), [("calibrated", True), ("random", False)])
+def test_an_align_stage_that_did_harm_is_named(job, tmp_path, capsys, monkeypatch, initialisation, blames):
+    _, recipe, _ = job
+    words = recipe.model_dump(mode="json")
+    words["student"] |= {"initialisation": initialisation}
+    words["controls"] = {"from_scratch": False, "copied": False, "teacher_more": False, "floor": False}
+    monkeypatch.setattr(students, "layer_errors", lambda work, student: {0: 6.0, 1: 2.0})
+    pipeline.run(type(recipe).model_validate(words), run_folder=tmp_path / "run", progress=False)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "layers 0 (6.00), 1 (2.00) fit no better than zero" in said
+    assert ("Before `align` 2 of these 2 did fit" in said) == blames
 
 
 def test_pretraining_without_a_teacher(tmp_path):

@@ -100,12 +100,12 @@ def _prepare(work: Run) -> tuple[list[str], list[LayerFit], HybridForCausalLM]:
     layers = len(find_attention(teacher))
     if words.keep_rule == "measured" and not isinstance(words.keep_attention, list) and words.keep_attention:
         trial = _blank(work, ["hyena"] * layers)
-        errors = {fit.layer: fit.after for fit in _initialise(work, trial)}
-        mixers = assembly.mixer_list(work.recipe, layers, errors=errors)
+        fits = _initialise(work, trial)
+        mixers = assembly.mixer_list(work.recipe, layers, errors={fit.layer: fit.after for fit in fits})
         student = _blank(work, mixers)
         for layer, mixer in student.mixers().items():
             mixer.load_state_dict(trial.mixers()[layer].state_dict())
-        return mixers, _measure_fits(work, student), student
+        return mixers, [fit for fit in fits if fit.layer in student.mixers()], student
     mixers = assembly.mixer_list(work.recipe, layers)
     student = _blank(work, mixers)
     return mixers, _initialise(work, student), student
@@ -203,19 +203,25 @@ def keep_failed_layers(work: Run, arm: str, student: Any) -> Any:
     errors = layer_errors(work, student)
     failed = sorted(layer for layer, error in errors.items() if not error < 1)
     file = work.folder / "layers.json"
+    known = read_json(file) if file.exists() else {}
     if arm == "student" and is_main():
-        known = read_json(file) if file.exists() else {}
         write_json(file, known | {"aligned": [[layer, error] for layer, error in errors.items()], "failed": failed})
     wait_for_all()
     if not failed:
         return student
     listed = ", ".join(f"{layer} ({errors[layer]:.2f})" for layer in failed)
+    fitted = [layer for layer, _, error in known.get("initial", []) if layer in failed and error < 1]
+    blame = (
+        f". Before `align` {len(fitted)} of these {len(failed)} did fit, so it did harm: lower its learning_rate or give it more tokens"
+        if arm == "student" and fitted
+        else ""
+    )
     if work.recipe.student.failed_layers == "swap":
         work.say(
-            f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1) and are swapped in as the recipe asks"
+            f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1) and are swapped in as the recipe asks{blame}"
         )
         return student
-    work.say(f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1): they keep their attention")
+    work.say(f"{arm}: layers {listed} fit no better than zero (normalised MSE >= 1): they keep their attention{blame}")
     mixers = ["attention" if layer in failed else word for layer, word in enumerate(student.config.mixers)]
     return student_with_layout(work, mixers, like=student)
 

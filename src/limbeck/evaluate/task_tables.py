@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from limbeck.evaluate.task_results import LEAST_ITEMS
+
 _NAMES = {"acc_norm": "normed", "exact_match": "greedy", "perplexity": "perplexity", "bits_per_byte": "bits/byte"}
 _LISTED_GROUPS = ("mqar", "passkey")
 MEANING = (
     "accuracies in %, ± one standard error; perplexity and bits per byte: lower is better",
     "win, tie, lose: of the first model against that one, on the same items; a win is more than two standard errors of the "
-    "paired difference",
+    f"paired difference; with fewer than {LEAST_ITEMS} items always a tie",
 )
 
 

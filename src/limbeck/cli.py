@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shlex
+from contextlib import closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -267,10 +268,11 @@ def generate(
 
     writing.prepare_process(place)
     pieces = []
-    with quiet_stdout(when=as_json):
-        for piece in writing.generate_from(
-            place, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-        ):
+    continuation = writing.generate_from(
+        place, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
+    )
+    with quiet_stdout(when=as_json), closing(continuation):
+        for piece in continuation:
             pieces.append(piece)
             if not as_json:
                 print(piece, end="", flush=True)

@@ -269,7 +269,7 @@ def _figures(facts: ReportFacts) -> list[Measured]:
 
 def _task_figures(rows: Sequence[TaskRow]) -> list[Measured]:
     found = []
-    for row in rows:
+    for row in (row for row in rows if row.is_whole):  # a try is no result for machines to rank
         about = {"standard_error": row.standard_error, "items": row.items}
         found.append(
             Measured(

@@ -6,7 +6,7 @@ Loading transformers takes longer than a small model takes to answer, so nothing
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from limbeck.core.lean_torch import import_lean_torch, import_the_rest
@@ -25,7 +25,7 @@ def generate_from(
     top_p: float = 1.0,
     seed: int = 0,
     device: str = "auto",
-) -> Iterator[str]:
+) -> Generator[str, None, None]:
     """Continue a prompt, piece by piece. place: as for `places.open_place`."""
     from limbeck.core.runtime import pick_device, seed_everything
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import torch
@@ -17,9 +17,12 @@ def stream_text(
     max_new_tokens: int,
     temperature: float = 0.0,
     top_p: float = 1.0,
-) -> Iterator[str]:
-    """Yield the continuation piece by piece. Temperature 0 is greedy; seed torch before for repeatable sampling."""
-    from transformers import TextIteratorStreamer
+) -> Generator[str, None, None]:
+    """Yield the continuation piece by piece. Temperature 0 is greedy; seed torch before for repeatable sampling.
+
+    Whoever wants no more closes the iterator, and the model stops after the token it is at.
+    """
+    from transformers import StoppingCriteriaList, TextIteratorStreamer
 
     device = next(model.parameters()).device
     ids_BT = tokenizer(prompt, return_tensors="pt", add_special_tokens=True)["input_ids"].to(device)
@@ -32,11 +35,16 @@ def stream_text(
         {"do_sample": True, "temperature": temperature, "top_p": top_p} if temperature > 0 else {"do_sample": False}
     )
     failure: list[BaseException] = []
+    is_enough = threading.Event()
+
+    def enough(ids_BT: torch.Tensor, _scores: Any, **_others: Any) -> torch.Tensor:
+        return torch.full((ids_BT.shape[0],), is_enough.is_set(), device=ids_BT.device, dtype=torch.bool)
 
     def work() -> None:
         try:
             model.generate(
                 ids_BT, attention_mask=torch.ones_like(ids_BT), max_new_tokens=max_new_tokens, streamer=streamer,
+                stopping_criteria=StoppingCriteriaList([enough]),
                 pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id, **choice,
             )  # fmt: skip
         except BaseException as error:
@@ -45,8 +53,11 @@ def stream_text(
 
     thread = threading.Thread(target=work, daemon=True)
     thread.start()
-    yield from streamer
-    thread.join()
+    try:
+        yield from streamer
+    finally:  # a thread that computes while the interpreter ends aborts the whole process
+        is_enough.set()
+        thread.join()
     if failure:
         raise failure[0]
 

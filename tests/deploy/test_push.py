@@ -470,8 +470,8 @@ def test_only_the_students_task_scores_are_on_its_card(tmp_path):
     }
     _, card = dry(run, tmp_path)
     assert "a try and no result: arc\\_easy" in card.text
-    assert "name: sciq" in card.text
-    assert "name: arc_easy" not in card.text, "a try is not for the machine-read index"
+    assert "name: sciq" in card.content
+    assert "name: arc_easy" not in card.content, "a try is not for the machine-read index"
 
 
 def test_a_large_group_is_one_row_of_the_card(tmp_path):

@@ -51,7 +51,7 @@ class FakePipeline:
                 render_report=self.answer(REPORT),
             ),
             "writing": types.SimpleNamespace(
-                generate_from=self.answer(iter(["Once", " upon"])), prepare_process=lambda place: None
+                generate_from=self.answer(piece for piece in ["Once", " upon"]), prepare_process=lambda place: None
             ),
         }  # fmt: skip
 

@@ -268,10 +268,13 @@ def generate(
 
     writing.prepare_process(place)
     pieces = []
-    continuation = writing.generate_from(
-        place, prompt, max_new_tokens=max_new_tokens, temperature=temperature, top_p=top_p, seed=seed
-    )
-    with quiet_stdout(when=as_json), closing(continuation):
+    choice: dict[str, Any] = {
+        "max_new_tokens": max_new_tokens,
+        "temperature": temperature,
+        "top_p": top_p,
+        "seed": seed,
+    }
+    with quiet_stdout(when=as_json), closing(writing.generate_from(place, prompt, **choice)) as continuation:
         for piece in continuation:
             pieces.append(piece)
             if not as_json:

@@ -143,10 +143,11 @@ def test_a_text_that_ends_and_bytes_as_a_prompt(folder):
 
 
 def test_loading_draws_nothing_from_the_generator(folder):
+    compact = folder("compact")
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    model = load_bare(folder("compact"))
+    model = load_bare(compact)
     assert torch.equal(torch.rand(3), expected)
     assert not any(parameter.requires_grad for parameter in model.network.parameters())
     assert not model.network.training
